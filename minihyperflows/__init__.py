@@ -1,0 +1,49 @@
+"""minihyperflows: Hyperflows pruning from scratch, in NumPy. A package to read, a book to run.
+
+The floors, in reading order; each imports only from those before it:
+
+    engine       arrays and gradients: Tensor, Function, backward
+    functional   the differentiable functions: F.linear, F.conv2d, F.cross_entropy, ...
+    nn           modules, layers, initial values, optimisers, models
+    flows        the subject: gates, pressure, the scheduler, stages, the power law
+    related      the neighbours: importance scores, gradient flow, DHP
+    lab          running experiments: data, recipes, training, runs, plots, the command line
+
+``testing`` holds the public checks that the tests and the book's exercises use.
+"""
+
+from minihyperflows import flows, functional, nn, related, testing
+from minihyperflows.engine import (
+    DeviceError,
+    Function,
+    GraphError,
+    NonFiniteLossError,
+    ShapeError,
+    Tensor,
+    apply,
+    cuda_available,
+    no_grad,
+)
+from minihyperflows.nn import models, optim
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DeviceError",
+    "Function",
+    "GraphError",
+    "NonFiniteLossError",
+    "ShapeError",
+    "Tensor",
+    "__version__",
+    "apply",
+    "cuda_available",
+    "flows",
+    "functional",
+    "models",
+    "nn",
+    "no_grad",
+    "optim",
+    "related",
+    "testing",
+]

@@ -1,0 +1,22 @@
+"""Arrays and gradients: the reverse-mode automatic differentiation engine.
+
+Read in this order: ``graph`` (functions, their order, the backward pass), ``tensor``, ``ops``,
+``conv``, ``norm``; ``backend`` is the one place that knows about GPUs.
+"""
+
+from minihyperflows.engine.backend import cuda_available
+from minihyperflows.engine.errors import DeviceError, GraphError, NonFiniteLossError, ShapeError
+from minihyperflows.engine.graph import Function, no_grad
+from minihyperflows.engine.tensor import Tensor, apply
+
+__all__ = [
+    "DeviceError",
+    "Function",
+    "GraphError",
+    "NonFiniteLossError",
+    "ShapeError",
+    "Tensor",
+    "apply",
+    "cuda_available",
+    "no_grad",
+]

@@ -1,0 +1,190 @@
+"""The recorded computation: operations, their order, and the backward pass through them.
+
+A :class:`Function` is one operation that was applied. It knows its inputs, so the functions form
+a directed acyclic graph that leads from the loss back to the leaves (the tensors that a user
+made). Reverse-mode differentiation walks that graph once, from the loss, and applies the chain
+rule at each function (chapter 01).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from minihyperflows.engine.backend import Array, xp_of
+from minihyperflows.engine.errors import GraphError, ShapeError
+
+if TYPE_CHECKING:
+    from minihyperflows.engine.tensor import Tensor
+
+_recording: ContextVar[bool] = ContextVar("recording", default=True)
+
+
+def is_recording() -> bool:
+    """False inside :class:`no_grad`."""
+    return _recording.get()
+
+
+class no_grad:  # noqa: N801 - reads as a statement: `with no_grad():`
+    """Context in which operations are computed but not recorded, so they cannot be differentiated."""
+
+    def __enter__(self) -> None:
+        self._token = _recording.set(False)
+
+    def __exit__(self, *exception: object) -> None:
+        _recording.reset(self._token)
+
+
+class Function:
+    """One differentiable operation: ``forward`` and, beside it, ``backward``.
+
+    Both work on raw arrays. A subclass takes its parameters in the constructor, keeps what
+    ``backward`` needs on ``self``, and is used through :func:`minihyperflows.apply`::
+
+        class Square(Function):
+            def forward(self, x):
+                self.x = x
+                return x * x
+
+            def backward(self, cotangent):
+                return 2 * self.x * cotangent
+
+        y = apply(Square(), x)
+
+    ``backward`` receives the gradient of the loss with respect to the output (the *cotangent*) and
+    returns one gradient for each input: an array of that input's shape, or None where
+    ``self.needs[i]`` is False. A single input may be answered by a bare array.
+
+    ``backward`` must not write into the cotangent: other functions may hold the same array. On
+    complex arrays an operation is its analytic continuation: nothing is conjugated, and
+    comparisons look at the real part. That is what the complex-step derivative needs.
+    """
+
+    inputs: tuple[Any, ...] = ()
+    needs: tuple[bool, ...] = ()
+    freed = False
+
+    def forward(self, *arrays: Array) -> Array:
+        raise NotImplementedError(f"{self.name} has no forward")
+
+    def backward(self, cotangent: Array) -> Array | tuple[Array | None, ...]:
+        raise NotImplementedError(f"{self.name} has no backward")
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def parents(self) -> list[Function]:
+        """The functions that made the inputs through which a gradient flows."""
+        if self.freed:
+            raise GraphError(
+                "a part of this graph was freed by an earlier backward: run the forward pass again"
+            )
+        pairs = zip(self.inputs, self.needs, strict=True)
+        return [x.creator for x, needed in pairs if needed and x.creator is not None]
+
+    def free(self) -> None:
+        """Forget the inputs and everything that ``forward`` saved."""
+        self.__dict__.clear()
+        self.freed = True
+
+
+def reverse_topological_order(root: Function) -> list[Function]:
+    """Every function that ``root`` depends on, each one after all the functions that use its output.
+
+    Iterative (Kahn's algorithm), so the depth of the graph is limited by memory, not by Python's
+    recursion limit.
+    """
+    consumers: Counter[Function] = Counter()
+    found, stack = {root}, [root]
+    while stack:
+        for parent in stack.pop().parents():
+            consumers[parent] += 1
+            if parent not in found:
+                found.add(parent)
+                stack.append(parent)
+
+    order, ready = [], [root]
+    while ready:
+        function = ready.pop()
+        order.append(function)
+        for parent in function.parents():
+            consumers[parent] -= 1
+            if consumers[parent] == 0:
+                ready.append(parent)
+    return order
+
+
+def backpropagate(root: Function, cotangent: Array) -> None:
+    """Add the gradient of every leaf below ``root`` to its ``grad``, then free the graph.
+
+    Each function hands its inputs' cotangents on; an input used several times receives their sum.
+    """
+    waiting: dict[Function, Array] = {root: cotangent}
+    leaves = LeafGradients(cotangent)
+    for function in reverse_topological_order(root):
+        gradients = input_gradients(function, waiting.pop(function))
+        for tensor, gradient in zip(function.inputs, gradients, strict=True):
+            if gradient is None:
+                continue
+            if tensor.creator is None:
+                leaves.add(tensor, gradient)
+            elif tensor.creator in waiting:
+                waiting[tensor.creator] = waiting[tensor.creator] + gradient
+            else:
+                waiting[tensor.creator] = gradient
+        function.free()
+
+
+def input_gradients(function: Function, cotangent: Array) -> list[Array | None]:
+    """``function.backward(cotangent)``, checked: one gradient of the right shape for each input."""
+    answer = function.backward(cotangent)
+    gradients = answer if isinstance(answer, tuple) else (answer,)
+    if len(gradients) != len(function.inputs):
+        raise GraphError(
+            f"{function.name}.backward returned {len(gradients)} gradients "
+            f"for {len(function.inputs)} inputs"
+        )
+    wanted = [g if n else None for g, n in zip(gradients, function.needs, strict=True)]
+    for i, (needed, gradient) in enumerate(zip(function.needs, wanted, strict=True)):
+        if not needed:
+            continue
+        if gradient is None:
+            raise GraphError(f"{function.name}.backward returned no gradient for input {i}")
+        if gradient.shape != function.inputs[i].shape:
+            raise ShapeError(
+                f"{function.name}.backward returned shape {gradient.shape} "
+                f"for input {i} of shape {function.inputs[i].shape}"
+            )
+    return wanted
+
+
+class LeafGradients:
+    """Adds gradients to leaves such that every leaf owns the memory of its ``grad``.
+
+    ``backward`` of an operation may hand on the cotangent itself, or a view (``a + b`` gives both
+    inputs the same array). An array is adopted as it is if nobody else can hold it; else copied.
+    """
+
+    def __init__(self, cotangent: Array) -> None:
+        self._kept = [cotangent]  # references, so that no id is reused while this object lives
+        self._ids = {id(cotangent)}
+
+    def add(self, leaf: Tensor, gradient: Array) -> None:
+        gradient = _as_array(gradient, leaf.data.dtype)
+        if leaf.grad is not None:
+            leaf.grad = leaf.grad + gradient
+            return
+        if gradient.base is not None or id(gradient) in self._ids:
+            gradient = gradient.copy()
+        self._kept.append(gradient)
+        self._ids.add(id(gradient))
+        leaf.grad = gradient
+
+
+def _as_array(gradient: Array, dtype: Any) -> Array:
+    """``gradient`` as an array in the leaf's dtype; a complex gradient of a real leaf stays complex."""
+    xp = xp_of(gradient)
+    keep = gradient.dtype == dtype or gradient.dtype.kind == "c"
+    return xp.asarray(gradient) if keep else xp.asarray(gradient, dtype=dtype)

@@ -1,0 +1,38 @@
+"""Hyperflows: gates, pressure, and the dynamics between them."""
+
+from minihyperflows.flows.gate import (
+    KAPPA,
+    attach,
+    density,
+    detach,
+    gate,
+    layer_density,
+    presences,
+    to_dense,
+)
+from minihyperflows.flows.law import PowerLaw, fit_power_law
+from minihyperflows.flows.pressure import pressure
+from minihyperflows.flows.recorder import FlowRecorder, LayerFlow
+from minihyperflows.flows.scheduler import PressureScheduler, density_trajectory
+from minihyperflows.flows.stages import RegrowthController, Timeline, admit
+
+__all__ = [
+    "KAPPA",
+    "FlowRecorder",
+    "LayerFlow",
+    "PowerLaw",
+    "PressureScheduler",
+    "RegrowthController",
+    "Timeline",
+    "admit",
+    "attach",
+    "density",
+    "density_trajectory",
+    "detach",
+    "fit_power_law",
+    "gate",
+    "layer_density",
+    "presences",
+    "pressure",
+    "to_dense",
+]

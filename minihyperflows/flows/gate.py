@@ -1,0 +1,163 @@
+"""The gate: which weights are present, and the flux that removed weights still feel.
+
+Every weight w of a convolution or linear layer gets a presence parameter t of its own. The layer
+computes with w where t >= 0 and with zero elsewhere (chapter 06). Source: arXiv 2504.05349,
+sections on topology and flow; the authors' code, mask functions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from minihyperflows.engine.backend import Array
+from minihyperflows.engine.graph import Function
+from minihyperflows.engine.tensor import Tensor, apply
+from minihyperflows.nn import Module, Parameter, Weighted
+
+# The declared derivative of the gate, which has none of its own: a step is flat on both sides. A
+# quarter is the largest slope of the logistic function, which the gate once was. A constant
+# factor scales all fluxes alike; what matters is its size against the pressure.
+KAPPA = 0.25
+
+PRESENCE = "presence"  # role of the presence parameters, and the last part of their names
+
+
+def is_present(t: Array) -> Array:
+    """Boolean mask of the weights that are in use: t >= 0. Zero, -0.0 too, is present."""
+    return t.real >= 0
+
+
+class Gate(Function):
+    """m = 1 where t >= 0, else 0;  declared dL/dt = kappa c, everywhere."""
+
+    def forward(self, t: Array) -> Array:
+        return is_present(t).astype(t.dtype)
+
+    def backward(self, c: Array) -> Array:
+        return KAPPA * c
+
+
+class GatedWeight(Function):
+    """w' = w m with m = gate(t), in one operation;  dL/dw = m c,  dL/dt = kappa w c.
+
+    The gradient of t has the same formula whether the weight is present or not: c is the gradient
+    with respect to the weight *in use*, which exists for a removed weight too. That number,
+    kappa w dL/dw', is the flux.
+    """
+
+    def forward(self, weight: Array, t: Array) -> Array:
+        self.weight, self.mask = weight, is_present(t)
+        return weight * self.mask
+
+    def backward(self, c: Array) -> tuple[Array | None, Array | None]:
+        weight_gradient = c * self.mask if self.needs[0] else None
+        if not self.needs[1]:
+            return weight_gradient, None
+        flux = c * self.weight
+        flux *= KAPPA
+        return weight_gradient, flux
+
+
+def gate(t: Tensor) -> Tensor:
+    """1 where t >= 0, else 0; the backward pass multiplies the cotangent by 0.25 everywhere.
+
+    ``weight * gate(t)`` is the definition; :class:`GatedWeight` computes the same in one pass.
+    """
+    return apply(Gate(), t)
+
+
+class WeightGate:
+    """The gate of one layer: turns its weight into the weight in use."""
+
+    def __init__(self, presence: Parameter) -> None:
+        self.presence = presence
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        return apply(GatedWeight(), weight, self.presence)
+
+
+# -- networks ------------------------------------------------------------------------------------
+
+
+def attach(
+    net: Module, init: tuple[float, float] = (0.2, 0.5), *, rng: np.random.Generator
+) -> None:
+    """Give every convolution and linear layer of ``net`` a presence parameter t per weight.
+
+    t is drawn uniformly from ``init`` (low, high), so every weight starts present if low >= 0. Its
+    distance from 0 is how long a weight without flux lasts: with Adam at learning rate 0.001 and
+    the default (0.2, 0.5), 200 to 500 steps.
+
+    Raises:
+        ValueError: gates are attached already, there is nothing to gate, or ``init`` is no range.
+    """
+    low, high = init
+    if not low <= high:
+        raise ValueError(f"init must be (low, high) with low <= high, not {init}")
+    layers = [m for _, m in net.named_modules() if isinstance(m, Weighted)]
+    if not layers:
+        raise ValueError("nothing to gate: the network has no convolution or linear layer")
+    if any(layer.weight_gate for layer in layers):
+        raise ValueError("gates are attached already: flows.detach(net) removes them")
+    for layer in layers:
+        t = rng.uniform(low, high, layer.weight.shape).astype(layer.weight.dtype)
+        presence = Parameter(t, layer.weight.torch_axes, role=PRESENCE)
+        if layer.weight.device != "cpu":
+            presence.data = presence.to(layer.weight.device).data
+        layer.presence = presence  # found by named_tensors, so it is saved and moved
+        layer.weight_gate = WeightGate(presence)
+
+
+def gated_layers(net: Module) -> dict[str, Weighted]:
+    """The layers of ``net`` that have a gate, by name."""
+    return {
+        name: m for name, m in net.named_modules() if isinstance(m, Weighted) and m.weight_gate
+    }
+
+
+def presences(net: Module) -> dict[str, Parameter]:
+    """The presence parameters by name (``"<layer>.presence"``); none of them is in
+    ``net.named_parameters()``."""
+    return net.named_parameters(role=PRESENCE)
+
+
+def detach(net: Module) -> None:
+    """Remove the gates; the weights keep their values, removed ones come back to life."""
+    for layer in gated_layers(net).values():
+        layer.weight_gate = None
+        del layer.presence
+
+
+def to_dense(net: Module) -> None:
+    """Write the zeros into the weights and remove the gates: the same function, an ordinary net."""
+    for layer in gated_layers(net).values():
+        layer.weight.data = layer.weight.data * is_present(layer.presence.data)
+    detach(net)
+
+
+# -- counting ------------------------------------------------------------------------------------
+
+
+def counts(net: Module) -> dict[str, tuple[int, int]]:
+    """(present weights, all weights) of every gated layer, by layer name."""
+    return {
+        name: (int(is_present(layer.presence.data).sum()), layer.weight.size)
+        for name, layer in gated_layers(net).items()
+    }
+
+
+def layer_density(net: Module) -> dict[str, float]:
+    """The fraction of each gated layer's weights that is present, in [0, 1]."""
+    return {name: present / total for name, (present, total) in counts(net).items()}
+
+
+def density(net: Module) -> float:
+    """The fraction of all gated weights that is present, in [0, 1]; sparsity is 1 - density.
+
+    Raises:
+        ValueError: the network has no gates.
+    """
+    per_layer = counts(net).values()
+    if not per_layer:
+        raise ValueError("this network has no gates: attach them first with flows.attach")
+    return sum(present for present, _ in per_layer) / sum(total for _, total in per_layer)

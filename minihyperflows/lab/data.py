@@ -1,0 +1,275 @@
+"""Data sets: `load(name)` gives the arrays of one, `normalise` makes them a network's input.
+
+Two need no files: the digits, which the package carries, and shapes32, which is drawn from a
+seed. MNIST and CIFAR are read from a folder, in the layouts in which they are published.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import tarfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from . import formats, shapes
+from .errors import UserError
+
+Pixels = NDArray[np.uint8]
+Labels = NDArray[np.int64]
+
+NAMES = ("digits", "shapes32", "mnist", "cifar10", "cifar100")
+FOLDER_VARIABLE = "MINIHYPERFLOWS_DATA"
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images with their classes, split into a training and a test set.
+
+    Every pixel is a uint8 from 0 to 255, so that scale is the same for all data sets. `mean` and
+    `std` are the training set's, one a channel, of pixels divided by 255.
+    """
+
+    name: str
+    train_x: Pixels  # (N, H, W, C)
+    train_y: Labels  # (N,)
+    test_x: Pixels
+    test_y: Labels
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def load(name: str, root: str | os.PathLike[str] | None = None) -> Dataset:
+    """The data set called `name`: one of digits, shapes32, mnist, cifar10, cifar100.
+
+    root: the folder that holds MNIST or CIFAR; see `data_folder` for where it is by default.
+    Raises UserError, one line that says what to do, for an unknown name and for files that are
+    missing, damaged or not what they should be.
+    """
+    if name == "digits":
+        return load_digits()
+    if name == "shapes32":
+        return make_shapes32()
+    if name == "mnist":
+        return load_mnist(data_folder(root))
+    if name in CIFAR:
+        return load_cifar(name, data_folder(root))
+    raise UserError(f"there is no data set {name!r}; choose one of {', '.join(NAMES)}")
+
+
+def normalise(images: Pixels, data: Dataset, dtype: DTypeLike) -> NDArray:
+    """(images / 255 - data.mean) / data.std, channel by channel, in `dtype`: (N, H, W, C)."""
+    result = images.astype(dtype)
+    result /= 255
+    result -= np.asarray(data.mean, dtype)
+    result /= np.asarray(data.std, dtype)
+    return result
+
+
+def channel_statistics(images: Pixels) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, pixels divided by 255.
+
+    They come from a count of each pixel value and whole-number sums, so they are the same to the
+    last digit on every machine.
+    """
+    means, deviations = [], []
+    for channel in range(images.shape[-1]):
+        counts = np.bincount(images[..., channel].reshape(-1), minlength=256)
+        number = sum(counts := counts.tolist())
+        total = sum(value * count for value, count in enumerate(counts))
+        squares = sum(value * value * count for value, count in enumerate(counts))
+        means.append(total / (number * 255))
+        deviations.append(math.sqrt(number * squares - total * total) / (number * 255))
+    return tuple(means), tuple(deviations)
+
+
+# --- without files ------------------------------------------------------------------------------
+
+
+def load_digits() -> Dataset:
+    """The UCI handwritten digits: 1,437 training and 360 test images of 8 x 8, in one channel.
+
+    The file holds what UCI publishes, counts from 0 to 16 of the dark pixels in a 4 x 4 block;
+    here they are spread over 0 to 255, rounded: (count * 255 + 8) // 16. Source and licence
+    (CC BY 4.0) stand in datasets/digits.LICENSE.txt.
+    """
+    file = resources.files(__package__) / "datasets" / "digits.npz"
+    with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+        counts, labels, is_test = arrays["counts"], arrays["labels"], arrays["is_test"]
+    images = ((counts.astype(np.int64) * 255 + 8) // 16).astype(np.uint8)[..., None]
+    labels = labels.astype(np.int64)
+    mean, std = channel_statistics(images[~is_test])
+    return Dataset(
+        name="digits",
+        train_x=images[~is_test],  # (1437, 8, 8, 1)
+        train_y=labels[~is_test],
+        test_x=images[is_test],  # (360, 8, 8, 1)
+        test_y=labels[is_test],
+        classes=tuple("0123456789"),
+        mean=mean,
+        std=std,
+    )
+
+
+def make_shapes32(train: int = 10_000, test: int = 2_000, seed: int = 0) -> Dataset:
+    """Ten classes of drawn 32 x 32 colour images, `train` and `test` of them, from a seed.
+
+    The same arguments give the same bytes on every machine (`lab.shapes` says how), every class
+    comes equally often in each ten images, and a smaller set is the beginning of a larger one.
+    """
+    if train < 1 or test < 1 or seed < 0:
+        raise ValueError(
+            f"shapes32 needs at least one image a split and a seed from 0 on, "
+            f"not train={train}, test={test}, seed={seed}"
+        )
+    train_x, train_y = shapes.make_split(train, seed, split=0)
+    test_x, test_y = shapes.make_split(test, seed, split=1)
+    mean, std = channel_statistics(train_x)
+    return Dataset("shapes32", train_x, train_y, test_x, test_y, shapes.CLASSES, mean, std)
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def data_folder(root: str | os.PathLike[str] | None = None) -> Path:
+    """`root`; else the folder in MINIHYPERFLOWS_DATA; else ~/.cache/minihyperflows."""
+    chosen = root or os.environ.get(FOLDER_VARIABLE) or Path.home() / ".cache" / "minihyperflows"
+    return Path(chosen).expanduser()
+
+
+def fetch_command(name: str, root: Path) -> str:
+    return f'python data_scripts/fetch.py {name} "{root}"'
+
+
+@contextmanager
+def blaming(path: Path, name: str, root: Path) -> Iterator[None]:
+    """Turns what goes wrong with the file at `path` into a UserError that names it."""
+    try:
+        yield
+    except formats.FormatError as error:
+        again = f"delete it and run: {fetch_command(name, root)}"
+        raise UserError(f"{path} {error}; {again}") from error
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(f"{path} cannot be read ({reason}); check its permissions") from error
+
+
+# --- MNIST --------------------------------------------------------------------------------------
+
+MNIST_FOLDERS = ("MNIST/raw", "mnist", ".")  # below the data folder, in the order of search
+
+
+def load_mnist(root: Path) -> Dataset:
+    """MNIST's four idx files, gzipped or not, in `root`, root/MNIST/raw or root/mnist."""
+    train_x, train_y = read_mnist_split(root, "train")
+    test_x, test_y = read_mnist_split(root, "t10k")
+    classes = tuple("0123456789")
+    return Dataset("mnist", train_x, train_y, test_x, test_y, classes, (0.1307,), (0.3081,))
+
+
+def read_mnist_split(root: Path, split: str) -> tuple[Pixels, Labels]:
+    """Images (N, 28, 28, 1) and labels (N,)."""
+    images_path = find_mnist(root, f"{split}-images", "idx3-ubyte")
+    labels_path = find_mnist(root, f"{split}-labels", "idx1-ubyte")
+    with blaming(images_path, "mnist", root):
+        images = formats.read_idx(images_path, (28, 28))
+    with blaming(labels_path, "mnist", root):
+        labels = formats.read_idx(labels_path, ())
+        formats.check_labels(labels, len(images), classes=10)
+    return images[..., None], labels.astype(np.int64)
+
+
+def find_mnist(root: Path, stem: str, kind: str) -> Path:
+    """The first of the names under which the file is published that is there."""
+    names = [f"{stem}{dot}{kind}{suffix}" for dot in "-." for suffix in ("", ".gz")]
+    for folder in MNIST_FOLDERS:
+        for name in names:
+            if (path := root / folder / name).is_file():
+                return path
+    raise UserError(
+        f"{root} holds no {names[0]} (.gz or not, itself or in MNIST/raw or mnist); "
+        f"fetch it with: {fetch_command('mnist', root)}"
+    )
+
+
+# --- CIFAR --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CifarLayout:
+    """Which files a CIFAR set is published in, and what they call their contents."""
+
+    folder: str
+    train: tuple[str, ...]
+    test: str
+    meta: str
+    label_key: str
+    names_key: str
+    classes: int
+    archive: str
+    sha256: str  # of the archive
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (*self.train, self.test, self.meta)
+
+
+CIFAR = {
+    "cifar10": CifarLayout(
+        folder="cifar-10-batches-py",
+        train=tuple(f"data_batch_{number}" for number in range(1, 6)),
+        test="test_batch",
+        meta="batches.meta",
+        label_key="labels",
+        names_key="label_names",
+        classes=10,
+        archive="cifar-10-python.tar.gz",
+        sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.247, 0.243, 0.261),
+    ),
+    "cifar100": CifarLayout(
+        folder="cifar-100-python",
+        train=("train",),
+        test="test",
+        meta="meta",
+        label_key="fine_labels",
+        names_key="fine_label_names",
+        classes=100,
+        archive="cifar-100-python.tar.gz",
+        sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
+        mean=(0.5071, 0.4867, 0.4408),
+        std=(0.2675, 0.2565, 0.2761),
+    ),
+}
+
+
+def load_cifar(name: str, root: Path) -> Dataset:
+    """The published Python batches of cifar10 or cifar100: unpacked, or in their archive."""
+    layout = CIFAR[name]
+    source, contents = open_cifar(name, root)
+
+    def read_batches(files: tuple[str, ...]) -> tuple[Pixels, Labels]:
+        batches = []
+        for file in files:
+            with blaming(source / file, name, root):
+                data = contents[file]
+                batches.append(formats.read_cifar_batch(data, layout.label_key, layout.classes))
+        images, labels = zip(*batches, strict=True)
+        return np.concatenate(images), np.concatenate(labels)
+
+    with blaming(source / layout.meta, name, root):
+        names = formats.read_cifar_names(contents[layout.meta], layout.names_key, layout.classes)
+    train_x, train_y = read_batches(layout.train)
+    test_x, test_y = read_batches((layout.test,))
+    return Dataset(name, train_x, train_y, test_x, test_y, names, layout.mean, layout.std)

@@ -1,0 +1,13 @@
+"""The one error a user of the laboratory sees: a file, a folder or an option that cannot be used."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """What was wrong and what to do, in one line; the command line prints it and exits with 2.
+
+    Line breaks are folded into spaces, since a message may quote a path or a file's contents.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))

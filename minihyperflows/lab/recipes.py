@@ -1,0 +1,237 @@
+"""Recipes: everything that defines an experiment, as plain data.
+
+A recipe is a frozen dataclass; it is saved as ``recipe.json`` in every run's folder and read back
+from there. Where a recipe differs from the authors' code, its ``deviations`` say so, once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from minihyperflows.flows.scheduler import cosine
+from minihyperflows.flows.stages import Timeline
+from minihyperflows.lab.errors import UserError
+
+
+SCHEDULES = ("constant", "cosine", "multistep")
+
+
+def scheduled_lr(schedule: str, start: float, end: float, done: float) -> float:
+    """The learning rate after the fraction ``done`` of a stage."""
+    if schedule == "cosine":
+        return cosine(start, end, done)
+    if schedule == "multistep":
+        return start * (1 if done < 1 / 2 else 0.1 if done < 3 / 4 else 0.01)
+    if schedule == "constant":
+        return start
+    raise UserError(f"unknown schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}")
+
+
+@dataclass(frozen=True)
+class WeightTraining:
+    """How the weights are trained during one stage.
+
+    ``schedule``: "constant" at ``lr``; "cosine" from ``lr`` to ``end_lr``; "multistep", ``lr``
+    divided by ten after half and again after three quarters of the epochs.
+    """
+
+    epochs: int
+    lr: float
+    end_lr: float = 0.0
+    schedule: str = "constant"
+    optimizer: str = "adam"
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    label_smoothing: float = 0.0
+
+    def lr_at(self, epoch: int) -> float:
+        """The learning rate of ``epoch`` (from 1) of this stage."""
+        done = (epoch - 1) / self.epochs
+        return scheduled_lr(self.schedule, self.lr, self.end_lr, done)
+
+
+@dataclass(frozen=True)
+class PresenceTraining:
+    """How the presence parameters t are drawn and trained."""
+
+    init: tuple[float, float] = (0.2, 0.5)
+    optimizer: str = "adam"
+    lr: float = 1e-3
+    momentum: float = 0.9
+
+
+@dataclass(frozen=True)
+class PressureSettings:
+    """The scheduler's settings (:class:`minihyperflows.flows.PressureScheduler`) and the floor.
+
+    ``floor``: t at or below it feel no pressure; None for no floor. ``gamma``: a constant pressure
+    instead of the scheduler.
+    """
+
+    step: float = 0.2
+    exponent: float = 1.5
+    aggressivity: float = 6.0
+    floor: float | None = None
+    gamma: float | None = None
+
+
+@dataclass(frozen=True)
+class Regrowth:
+    """The stage without pressure; the weights' optimiser is that of the pruning stage.
+
+    ``land``: stop regrowth when the target is reached. The pruning stage then aims at the density
+    (1 - share) (1 - target): ``share`` is the fraction of the final weights that regrowth
+    contributes. With ``land`` False the pruning stage aims at the target itself and regrowth runs
+    as in the authors' code: the learning rate of t is ``lr_scale * lr * lr_decay ** epoch``, and 0
+    after ``freeze_after`` epochs.
+    """
+
+    epochs: int
+    lr: float
+    end_lr: float
+    schedule: str = "cosine"
+    land: bool = True
+    share: float = 0.2
+    lr_scale: float = 1.0
+    lr_decay: float = 0.75
+    freeze_after: int = 50
+
+    def lr_at(self, epoch: int, offset: int = 0) -> float:
+        """The weights' learning rate in ``epoch`` (from 1); the authors start one step later."""
+        done = (epoch - 1 + offset) / self.epochs
+        return scheduled_lr(self.schedule, self.lr, self.end_lr, done)
+
+    def free_lr_scale(self, epoch: int, offset: int = 0) -> float:
+        """The factor on the learning rate of t where regrowth is not told to land."""
+        k = epoch - 1 + offset
+        return 0.0 if k >= self.freeze_after else self.lr_scale * self.lr_decay**k
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One experiment: a network, a data set, and the three stages."""
+
+    name: str
+    model: str
+    dataset: str
+    dense: WeightTraining
+    pruning: WeightTraining
+    regrowth: Regrowth
+    target_sparsity: float
+    model_options: dict[str, Any] = field(default_factory=dict)
+    batch_size: int = 128
+    augment: bool = False
+    dtype: str = "float32"
+    presence: PresenceTraining = field(default_factory=PresenceTraining)
+    pressure: PressureSettings = field(default_factory=PressureSettings)
+    train_bn_scale: bool = True
+    authors_timeline: bool = False
+    deviations: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target_sparsity < 1:
+            raise UserError(
+                f"the target sparsity is the fraction of weights to remove, between 0 and 1 "
+                f"(0.95, say), not {self.target_sparsity:g}"
+            )
+
+    @property
+    def timeline(self) -> Timeline:
+        """The lengths of the three stages as they run."""
+        late = self.late_epochs
+        return Timeline(self.dense.epochs, self.pruning.epochs + late, self.regrowth.epochs - late)
+
+    @property
+    def late_epochs(self) -> int:
+        """By how many epochs the pressure outlasts its stage: 1 in the authors' code, else 0."""
+        return int(self.authors_timeline)
+
+    def with_target(self, sparsity: float) -> Recipe:
+        """The same experiment with another target sparsity."""
+        return dataclasses.replace(self, target_sparsity=sparsity)
+
+    def scaled(self, factor: float) -> Recipe:
+        """The same experiment with every stage ``factor`` times as long (at least one epoch)."""
+        if not factor > 0:
+            raise UserError(f"the epochs can only be scaled by a positive factor, not {factor:g}")
+
+        def longer(stage: Any) -> Any:
+            epochs = max(1, round(stage.epochs * factor)) if stage.epochs else 0
+            return dataclasses.replace(stage, epochs=epochs)
+
+        return dataclasses.replace(
+            self,
+            dense=longer(self.dense),
+            pruning=longer(self.pruning),
+            regrowth=longer(self.regrowth),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe as plain JSON types."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> Recipe:
+        """The recipe that :meth:`to_json` was called on."""
+        parts = {
+            "dense": WeightTraining,
+            "pruning": WeightTraining,
+            "regrowth": Regrowth,
+            "presence": PresenceTraining,
+            "pressure": PressureSettings,
+        }
+        values = {k: parts[k](**v) if k in parts else v for k, v in values.items()}
+        presence = values["presence"]
+        values["presence"] = dataclasses.replace(presence, init=tuple(presence.init))
+        return Recipe(**values | {"deviations": tuple(values["deviations"])})
+
+
+def find(name: str) -> Recipe:
+    """The recipe called ``name``.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in RECIPES:
+        raise UserError(f"unknown recipe {name!r}: choose one of {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
+_LENET_DEVIATIONS = (
+    "regrowth lands on the target: the authors' code lets it overshoot",
+    "the pressure ends with the pruning stage: the authors' code keeps it one epoch longer",
+    "target_sparsity is a sparsity: the authors' LeNet script passes 0.30 to a scheduler that "
+    "takes it for one",
+)
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            name="lenet300-digits",
+            model="lenet300",
+            dataset="digits",
+            batch_size=32,
+            target_sparsity=0.95,
+            dense=WeightTraining(epochs=30, lr=1e-3, label_smoothing=0.05),
+            pruning=WeightTraining(epochs=80, lr=1e-3, label_smoothing=0.1),
+            regrowth=Regrowth(epochs=40, lr=1e-3, end_lr=1e-6, lr_scale=0.5),
+            pressure=PressureSettings(step=0.3),
+            deviations=_LENET_DEVIATIONS,
+        ),
+        Recipe(
+            name="lenet300-mnist",
+            model="lenet300",
+            dataset="mnist",
+            target_sparsity=0.98,
+            dense=WeightTraining(epochs=6, lr=1e-3, label_smoothing=0.05),
+            pruning=WeightTraining(epochs=40, lr=1e-3, label_smoothing=0.1),
+            regrowth=Regrowth(epochs=20, lr=1e-3, end_lr=1e-6, lr_scale=0.1),
+            pressure=PressureSettings(step=0.3),
+            deviations=_LENET_DEVIATIONS,
+        ),
+    )
+}

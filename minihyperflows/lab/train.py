@@ -1,0 +1,373 @@
+"""Training a network through the stages of a recipe: one record per epoch, nothing printed."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from minihyperflows import flows
+from minihyperflows import functional as F
+from minihyperflows.engine import NonFiniteLossError, Tensor, no_grad
+from minihyperflows.flows.recorder import FlowRecorder, LayerFlow
+from minihyperflows.flows.stages import DENSE, PRUNING, REGROWTH, RegrowthController, admit
+from minihyperflows.lab.augment import crop_and_flip
+from minihyperflows.lab.data import Dataset, normalise
+from minihyperflows.lab.errors import UserError
+from minihyperflows.lab.recipes import PresenceTraining, Recipe, WeightTraining, find
+from minihyperflows.nn import BatchNorm2d, Module, Parameter, models, optim
+
+EVALUATION_BATCH = 500
+FLUX_SAMPLES = 8  # times per epoch that the recorder reads the flux
+
+
+@dataclasses.dataclass(frozen=True)
+class EpochRecord:
+    """What one epoch did: a row of ``metrics.csv``. ``record["density"]`` works too.
+
+    Attributes:
+        epoch: counted from 1 over the whole run.
+        stage: "dense", "pruning" or "regrowth".
+        gamma: the pressure during the epoch, in units of the mean of t.
+        lr_weights, lr_presence: learning rates of the weights and of t (0: frozen or absent).
+        train_loss: mean over the batches of the cross-entropy, without the pressure term.
+        test_accuracy: fraction of the test set classified correctly after the epoch.
+        density: fraction of the gated weights present after the epoch.
+        expected_density: what the pressure scheduler (or the regrowth controller) aimed at.
+        flips: how often a weight was removed or came back, over all steps of the epoch.
+        seconds: wall time of the epoch with its evaluation.
+        layers: the same by layer, with flux; not part of ``metrics.csv``.
+    """
+
+    epoch: int
+    stage: str
+    gamma: float
+    lr_weights: float
+    lr_presence: float
+    train_loss: float
+    test_accuracy: float
+    density: float
+    expected_density: float
+    flips: int
+    seconds: float
+    layers: dict[str, LayerFlow] = dataclasses.field(default_factory=dict, repr=False)
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
+
+    def row(self) -> dict[str, Any]:
+        """The fields of ``metrics.csv``."""
+        return {name: getattr(self, name) for name in METRICS}
+
+
+METRICS = tuple(f.name for f in dataclasses.fields(EpochRecord) if f.name != "layers")
+
+
+def train(
+    net: Module, data: Dataset, recipe: Recipe | str, *, rng: np.random.Generator
+) -> Iterator[EpochRecord]:
+    """Train ``net`` through the dense, pruning and regrowth stages of ``recipe``.
+
+    A generator: each epoch runs when its record is asked for. ``net`` is changed in place and has
+    gates from the first pruning epoch on.
+
+    Args:
+        net: a network without gates, for example from :func:`build_network`.
+        data: what :func:`minihyperflows.lab.load` returns.
+        recipe: a :class:`Recipe` or the name of one.
+        rng: draws the order of the samples, the augmentation and the first t.
+
+    Raises:
+        NonFiniteLossError: the loss became NaN or infinite; names the epoch and the step.
+    """
+    trainer = Trainer(net, data, recipe if isinstance(recipe, Recipe) else find(recipe), rng)
+    while not trainer.finished:
+        yield trainer.run_epoch()
+
+
+def build_network(recipe: Recipe, data: Dataset, rng: np.random.Generator) -> Module:
+    """The recipe's network for the images and classes of ``data``, with fresh weights."""
+    build = getattr(models, recipe.model, None)
+    if build is None:
+        raise UserError(f"recipe {recipe.name!r} asks for an unknown model {recipe.model!r}")
+    options: dict[str, Any] = {"num_classes": len(data.classes), **recipe.model_options}
+    if recipe.model == "lenet300":
+        options["in_features"] = int(np.prod(data.train_x.shape[1:]))
+    return build(rng=rng, dtype=np.dtype(recipe.dtype), **options)
+
+
+def evaluate(net: Module, data: Dataset) -> float:
+    """The fraction of the test set that ``net`` classifies correctly."""
+    dtype = next(iter(net.named_parameters().values())).dtype
+    was_training = net.training
+    net.eval()
+    correct = 0
+    with no_grad():
+        for start in range(0, len(data.test_y), EVALUATION_BATCH):
+            batch = slice(start, start + EVALUATION_BATCH)
+            logits = net(Tensor(normalise(data.test_x[batch], data, dtype)))
+            correct += int((logits.numpy().argmax(axis=1) == data.test_y[batch]).sum())
+    net.train(was_training)
+    return correct / len(data.test_y)
+
+
+class Trainer:
+    """The state of a run between epochs, and the step from one epoch to the next."""
+
+    def __init__(
+        self, net: Module, data: Dataset, recipe: Recipe, rng: np.random.Generator
+    ) -> None:
+        self.net, self.data, self.recipe, self.rng = net, data, recipe, rng
+        self.epoch = 0  # epochs finished
+        self.landed = False
+        self.density = 1.0
+        if flows.presences(net):
+            raise ValueError("the network has gates already: training starts with a dense one")
+        self.weight_optimizer = make_optimizer(trainable(net, recipe), recipe.dense)
+        self.presence_optimizer: optim.Optimizer | None = None
+        self.recorder: FlowRecorder | None = None
+        self.scheduler = pressure_scheduler(recipe)
+        self.controller = RegrowthController(
+            1 - recipe.target_sparsity,
+            start_density=1.0,  # known at the end of the pruning stage
+            epochs=max(1, recipe.timeline.regrowth),
+            lr_scale=recipe.regrowth.lr_scale,
+        )
+
+    @property
+    def finished(self) -> bool:
+        return self.epoch >= self.recipe.timeline.epochs
+
+    def run_epoch(self) -> EpochRecord:
+        """Train for one epoch, evaluate, and let the controllers draw their conclusions."""
+        started = time.perf_counter()
+        stage, k = self.recipe.timeline.locate(self.epoch + 1)
+        self._enter(stage, k)
+        gamma = self._gamma(stage)
+        lr_weights, lr_presence = self._learning_rates(stage, k)
+        expected = self._expected_density(stage, k)
+        loss = self._train_one_epoch(stage, gamma)
+        self.epoch += 1
+        accuracy = evaluate(self.net, self.data)
+        layers = self.recorder.take() if self.recorder else {}
+        if stage != DENSE:
+            self.density = flows.density(self.net)
+        self._conclude(stage, k)
+        return EpochRecord(
+            epoch=self.epoch,
+            stage=stage,
+            gamma=gamma,
+            lr_weights=lr_weights,
+            lr_presence=lr_presence,
+            train_loss=loss,
+            test_accuracy=accuracy,
+            density=self.density,
+            expected_density=expected,
+            flips=sum(layer.flips for layer in layers.values()),
+            seconds=time.perf_counter() - started,
+            layers=layers,
+        )
+
+    # -- between epochs --------------------------------------------------------------------------
+
+    def _enter(self, stage: str, k: int) -> None:
+        """What changes on the first epoch of a stage."""
+        if k > 1:
+            return
+        if stage == PRUNING:
+            flows.attach(self.net, init=self.recipe.presence.init, rng=self.rng)
+            self._start_pruning()
+        elif stage == REGROWTH:
+            self.controller.start_density = self.density
+
+    def _start_pruning(self) -> None:
+        """Optimisers and recorder of the gated network; they serve the regrowth stage too."""
+        weights = trainable(self.net, self.recipe)
+        self.weight_optimizer = make_optimizer(weights, self.recipe.pruning)
+        presences = list(flows.presences(self.net).values())
+        self.presence_optimizer = make_optimizer(presences, self.recipe.presence)
+        self.recorder = FlowRecorder(self.net)
+
+    def _gamma(self, stage: str) -> float:
+        if stage != PRUNING:
+            return 0.0
+        constant = self.recipe.pressure.gamma
+        return self.scheduler.gamma if constant is None else constant
+
+    def _learning_rates(self, stage: str, k: int) -> tuple[float, float]:
+        """Set the learning rates of epoch ``k`` of ``stage``, and return them."""
+        recipe, late = self.recipe, self.recipe.late_epochs
+        presence = recipe.presence.lr
+        if stage == DENSE:
+            weights, presence = recipe.dense.lr_at(k), 0.0
+        elif stage == PRUNING:
+            weights = recipe.pruning.lr_at(k)
+        else:
+            weights = recipe.regrowth.lr_at(k, late)
+            if not recipe.regrowth.land:
+                presence *= recipe.regrowth.free_lr_scale(k, late)
+            else:
+                presence *= 0.0 if self.landed else self.controller.lr_scale
+        self.weight_optimizer.lr = weights
+        if self.presence_optimizer:
+            self.presence_optimizer.lr = presence
+        return weights, presence
+
+    def _expected_density(self, stage: str, k: int) -> float:
+        if stage == DENSE:
+            return 1.0
+        if stage == PRUNING:
+            return self.scheduler.expected(k)
+        if self.recipe.regrowth.land:
+            return self.controller.expected(k)
+        return 1 - self.recipe.target_sparsity
+
+    def _conclude(self, stage: str, k: int) -> None:
+        if stage == PRUNING:
+            self.scheduler.update(k, self.density)
+        elif stage == REGROWTH:
+            self.controller.update(k, self.density)
+
+    # -- within an epoch -------------------------------------------------------------------------
+
+    def _train_one_epoch(self, stage: str, gamma: float) -> float:
+        """One pass over the training set; returns the mean loss."""
+        recipe = self.recipe
+        smoothing = recipe.dense.label_smoothing
+        if stage != DENSE:
+            smoothing = recipe.pruning.label_smoothing
+        steps = -(-len(self.data.train_y) // recipe.batch_size)
+        total = 0.0
+        for step, (x, y) in enumerate(self._batches()):
+            loss = F.cross_entropy(self.net(x), y, smoothing)
+            total += loss.item() * len(y)
+            self._backward(loss, gamma, step)
+            if self.recorder and step % max(1, steps // FLUX_SAMPLES) == 0:
+                self.recorder.observe_flux(gamma, recipe.pressure.floor)
+            self._step(stage)
+        return total / len(self.data.train_y)
+
+    def _batches(self) -> Iterator[tuple[Tensor, np.ndarray]]:
+        """The training set in a new random order; the last batch may be smaller."""
+        recipe, data = self.recipe, self.data
+        order = self.rng.permutation(len(data.train_y))
+        for start in range(0, len(order), recipe.batch_size):
+            chosen = order[start : start + recipe.batch_size]
+            images = data.train_x[chosen]
+            if recipe.augment:
+                images = crop_and_flip(images, self.rng)
+            yield Tensor(normalise(images, data, np.dtype(recipe.dtype))), data.train_y[chosen]
+
+    def _backward(self, loss: Tensor, gamma: float, step: int) -> None:
+        """Gradients of L = L_data + gamma P for the weights and for t."""
+        self.net.zero_grad()
+        if gamma:
+            loss = loss + gamma * flows.pressure(self.net, self.recipe.pressure.floor)
+        try:
+            loss.backward()
+        except NonFiniteLossError as error:
+            raise NonFiniteLossError(
+                f"epoch {self.epoch + 1}, step {step + 1}: {error}; a lower learning rate may help"
+            ) from None
+
+    def _step(self, stage: str) -> None:
+        """Both optimisers step on the gradients of the same backward pass, weights first."""
+        self.weight_optimizer.step()
+        if self.presence_optimizer and self.presence_optimizer.lr > 0:
+            self.presence_optimizer.step()
+            if stage == REGROWTH and self.recipe.regrowth.land:
+                self._try_to_land()
+            if self.recorder:
+                self.recorder.observe_step()
+
+    def _try_to_land(self) -> None:
+        if admit(self.net, 1 - self.recipe.target_sparsity):
+            self.landed = True
+            if self.presence_optimizer:
+                self.presence_optimizer.lr = 0.0
+
+    # -- saving and loading ----------------------------------------------------------------------
+
+    def state_dict(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Everything that the next epoch depends on: arrays, and plain JSON values."""
+        arrays = {f"net.{k}": v for k, v in self.net.state_dict().items()}
+        arrays |= {f"weights.{k}": v for k, v in self.weight_optimizer.state_dict().items()}
+        if self.presence_optimizer:
+            state = self.presence_optimizer.state_dict()
+            arrays |= {f"presences.{k}": v for k, v in state.items()}
+        values = {
+            "epoch": self.epoch,
+            "density": self.density,
+            "landed": self.landed,
+            "gated": self.presence_optimizer is not None,
+            "scheduler": self.scheduler.state_dict(),
+            "controller": self.controller.state_dict(),
+            "rng": self.rng.bit_generator.state,
+        }
+        return arrays, values
+
+    def load_state_dict(self, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> None:
+        """Continue where the trainer whose :meth:`state_dict` this is stopped."""
+        if values["gated"]:
+            flows.attach(self.net, rng=np.random.default_rng(0))  # overwritten just below
+            self._start_pruning()
+        self.net.load_state_dict(_with_prefix(arrays, "net."))
+        self.weight_optimizer.load_state_dict(_with_prefix(arrays, "weights."))
+        if self.presence_optimizer:
+            self.presence_optimizer.load_state_dict(_with_prefix(arrays, "presences."))
+            self.recorder = FlowRecorder(self.net)
+        self.scheduler.load_state_dict(values["scheduler"])
+        self.controller.load_state_dict(values["controller"])
+        self.rng.bit_generator.state = values["rng"]
+        self.epoch, self.density = int(values["epoch"]), float(values["density"])
+        self.landed = bool(values["landed"])
+
+
+def _with_prefix(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+
+
+def pressure_scheduler(recipe: Recipe) -> flows.PressureScheduler:
+    """The scheduler of the pruning stage, aimed below the target if regrowth is to land on it."""
+    density = 1 - recipe.target_sparsity
+    if recipe.regrowth.land and recipe.regrowth.epochs:
+        density *= 1 - recipe.regrowth.share
+    settings = recipe.pressure
+    return flows.PressureScheduler(
+        1 - density,
+        recipe.pruning.epochs,
+        settings.step,
+        settings.exponent,
+        settings.aggressivity,
+    )
+
+
+def trainable(net: Module, recipe: Recipe) -> list[Parameter]:
+    """The parameters that the weights' optimiser trains: all, or all but the batch-norm scales."""
+    frozen: set[int] = set()
+    if not recipe.train_bn_scale:
+        norms = (m for _, m in net.named_modules() if isinstance(m, BatchNorm2d))
+        frozen = {id(norm.weight) for norm in norms}
+    return [p for p in net.parameters() if id(p) not in frozen]
+
+
+def make_optimizer(
+    params: list[Parameter], settings: WeightTraining | PresenceTraining
+) -> optim.Optimizer:
+    """The optimiser that ``settings`` describe."""
+    if settings.optimizer == "adam":
+        return optim.Adam(
+            params, settings.lr, weight_decay=getattr(settings, "weight_decay", 0.0)
+        )
+    if settings.optimizer == "sgd":
+        return optim.SGD(
+            params,
+            settings.lr,
+            momentum=settings.momentum,
+            weight_decay=getattr(settings, "weight_decay", 0.0),
+            nesterov=getattr(settings, "nesterov", False),
+        )
+    raise UserError(f"unknown optimizer {settings.optimizer!r}: choose adam or sgd")

@@ -1,0 +1,33 @@
+"""Networks: modules, layers, initial values."""
+
+from minihyperflows.nn import init, models, optim
+from minihyperflows.nn.layers import (
+    AvgPool2d,
+    BatchNorm2d,
+    Conv2d,
+    Flatten,
+    Linear,
+    MaxPool2d,
+    ReLU,
+    Sequential,
+    Weighted,
+)
+from minihyperflows.nn.module import Buffer, Module, Parameter
+
+__all__ = [
+    "AvgPool2d",
+    "BatchNorm2d",
+    "Buffer",
+    "Conv2d",
+    "Flatten",
+    "Linear",
+    "MaxPool2d",
+    "Module",
+    "Parameter",
+    "ReLU",
+    "Sequential",
+    "Weighted",
+    "init",
+    "models",
+    "optim",
+]

@@ -1,0 +1,165 @@
+"""The layers that networks are built from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from minihyperflows import functional as F
+from minihyperflows.engine.tensor import Tensor
+from minihyperflows.nn import init
+from minihyperflows.nn.module import Buffer, Module, Parameter
+
+
+class Weighted(Module):
+    """A layer with a ``weight`` that pruning can gate.
+
+    ``weight_gate`` is the one hook that pruning needs: a function that turns the weight into the
+    weight to compute with. Without it the layer is dense.
+    """
+
+    weight: Parameter
+    bias: Parameter | None
+    weight_gate: Callable[[Tensor], Tensor] | None = None
+
+    def effective_weight(self) -> Tensor:
+        """The weight that ``forward`` uses: gated if a gate is attached."""
+        return self.weight if self.weight_gate is None else self.weight_gate(self.weight)
+
+    def _set_parameters(
+        self,
+        shape: tuple[int, ...],
+        bias: bool,
+        rng: np.random.Generator,
+        dtype: Any,
+        torch_axes: tuple[int, ...] | None = None,
+    ) -> None:
+        self.weight = Parameter(init.lecun_uniform(shape, rng, dtype), torch_axes)
+        bound = 1 / float(np.sqrt(init.fan_in(shape)))
+        self.bias = Parameter(init.uniform(shape[:1], bound, rng, dtype)) if bias else None
+
+
+class Linear(Weighted):
+    """y = x W^T + b with W (out_features, in_features); PyTorch's default initialisation."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        rng: np.random.Generator,
+        dtype: Any = np.float32,
+    ) -> None:
+        self._set_parameters((out_features, in_features), bias, rng, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.effective_weight(), self.bias)
+
+
+class Conv2d(Weighted):
+    """Convolution of (N, H, W, C_in) to (N, H', W', C_out); see :func:`functional.conv2d`."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        size: F.Pair,
+        stride: F.Pair = 1,
+        padding: F.Pair = 0,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        rng: np.random.Generator,
+        dtype: Any = np.float32,
+    ) -> None:
+        if in_channels % groups or out_channels % groups:
+            raise ValueError(
+                f"{in_channels} input and {out_channels} output channels do not fall into "
+                f"{groups} groups"
+            )
+        rows, columns = (size, size) if isinstance(size, int) else size
+        shape = (out_channels, rows, columns, in_channels // groups)
+        self._set_parameters(shape, bias, rng, dtype, torch_axes=(0, 3, 1, 2))  # OHWI -> OIHW
+        self.stride, self.padding, self.groups = stride, padding, groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.effective_weight()
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.groups)
+
+
+class BatchNorm2d(Module):
+    """Normalises each channel over the batch, then scales and shifts it; PyTorch's names."""
+
+    def __init__(
+        self, channels: int, momentum: float = 0.1, eps: float = 1e-5, *, dtype: Any = np.float32
+    ) -> None:
+        self.weight = Parameter(np.ones(channels, dtype))
+        self.bias = Parameter(np.zeros(channels, dtype))
+        self.running_mean = Buffer(np.zeros(channels, dtype))
+        self.running_var = Buffer(np.ones(channels, dtype))
+        self.num_batches_tracked = Buffer(np.zeros((), np.int64))
+        self.momentum, self.eps = momentum, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.num_batches_tracked.data += 1
+        return F.batch_norm(
+            x,
+            self.weight,
+            self.bias,
+            self.running_mean.data,
+            self.running_var.data,
+            self.training,
+            self.momentum,
+            self.eps,
+        )
+
+
+class ReLU(Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x)
+
+
+class MaxPool2d(Module):
+    def __init__(self, size: F.Pair, stride: F.Pair | None = None) -> None:
+        self.size, self.stride = size, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(x, self.size, self.stride)
+
+
+class AvgPool2d(Module):
+    def __init__(self, size: F.Pair, stride: F.Pair | None = None) -> None:
+        self.size, self.stride = size, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, self.size, self.stride)
+
+
+class Flatten(Module):
+    """(N, ...) -> (N, everything else)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.flatten(x)
+
+
+class Sequential(Module):
+    """Modules applied one after another, named "0", "1", ... as in PyTorch."""
+
+    def __init__(self, *modules: Module) -> None:
+        for i, module in enumerate(modules):
+            setattr(self, str(i), module)
+
+    def __len__(self) -> int:
+        return len(list(self.children()))
+
+    def __getitem__(self, i: int) -> Module:
+        return [module for _, module in self.children()][i]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _, module in self.children():
+            x = module(x)
+        return x

@@ -1,0 +1,165 @@
+"""Modules: objects that hold parameters, buffers and other modules.
+
+A module finds what it holds by looking through its own attributes (and lists of modules among
+them), in the order in which they were set. There is no registration to forget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from minihyperflows.engine.backend import to_device, to_numpy, xp_of
+from minihyperflows.engine.errors import ShapeError
+from minihyperflows.engine.tensor import Tensor
+
+
+class Parameter(Tensor):
+    """A tensor that training changes.
+
+    Args:
+        array: the initial values.
+        torch_axes: the order of axes that turns this layout into PyTorch's, which ``state_dict``
+            uses; None where the two agree.
+        role: "weight" for what the network computes with; other roles, such as "presence", are
+            kept out of ``named_parameters`` and trained by an optimiser of their own.
+    """
+
+    def __init__(
+        self, array: Any, torch_axes: tuple[int, ...] | None = None, role: str = "weight"
+    ) -> None:
+        super().__init__(array, requires_grad=True)
+        self.torch_axes, self.role = torch_axes, role
+
+
+class Buffer(Tensor):
+    """State that is saved with a network but not trained, such as running statistics."""
+
+    torch_axes = None
+
+    def __init__(self, array: Any) -> None:
+        super().__init__(array)
+
+
+class Module:
+    """A part of a network: call it on a tensor to get a tensor."""
+
+    training = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.forward(x if isinstance(x, Tensor) else Tensor(x))
+
+    # -- what it holds ---------------------------------------------------------------------------
+
+    def children(self) -> Iterator[tuple[str, Module]]:
+        """The modules directly inside this one, with their names; items of a list by number."""
+        for name, value in vars(self).items():
+            if isinstance(value, Module):
+                yield name, value
+            elif isinstance(value, list):
+                for i, item in enumerate(value):
+                    if isinstance(item, Module):
+                        yield f"{name}.{i}", item
+
+    def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
+        """This module and all modules inside it, each with its dotted name."""
+        yield prefix, self
+        for name, child in self.children():
+            yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
+
+    def named_tensors(self) -> dict[str, Parameter | Buffer]:
+        """All parameters of every role, and all buffers: what ``state_dict`` saves."""
+        return {
+            f"{path}.{name}" if path else name: value
+            for path, module in self.named_modules()
+            for name, value in vars(module).items()
+            if isinstance(value, Parameter | Buffer)
+        }
+
+    def named_parameters(self, role: str = "weight") -> dict[str, Parameter]:
+        """The parameters of one role by dotted name, in the order of definition."""
+        tensors = self.named_tensors().items()
+        return {k: p for k, p in tensors if isinstance(p, Parameter) and p.role == role}
+
+    def parameters(self) -> list[Parameter]:
+        """The values of :meth:`named_parameters`."""
+        return list(self.named_parameters().values())
+
+    # -- modes and devices -----------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> Module:
+        """Switch every module inside to training behaviour (batch statistics, for example)."""
+        for _, module in self.named_modules():
+            module.training = mode
+        return self
+
+    def eval(self) -> Module:
+        """Switch every module inside to evaluation behaviour."""
+        return self.train(False)
+
+    def to(self, device: str) -> Module:
+        """Move all parameters and buffers to "cpu" or "cuda", in place; gradients are dropped."""
+        moved = {k: to_device(t.data, device) for k, t in self.named_tensors().items()}
+        for name, tensor in self.named_tensors().items():
+            tensor.data, tensor.grad = moved[name], None
+        return self
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of all parameters, of every role."""
+        for tensor in self.named_tensors().values():
+            tensor.grad = None
+
+    # -- saving and loading ----------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Copies of all values by name, in PyTorch's names and layouts (convolutions are OIHW)."""
+        return {k: _to_torch_layout(t).copy() for k, t in self.named_tensors().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the values of ``state``, as :meth:`state_dict` (or PyTorch's) returns them.
+
+        All names and shapes are checked before the first value changes. Values are converted to
+        each tensor's dtype.
+
+        Raises:
+            KeyError: names are missing or unknown.
+            ShapeError: a value has another shape than its tensor.
+        """
+        tensors = self.named_tensors()
+        _check_names(set(tensors), set(state))
+        arrays = {k: np.asarray(state[k]) for k in tensors}
+        for name, tensor in tensors.items():
+            wanted = _to_torch_layout(tensor).shape
+            if arrays[name].shape != wanted:
+                raise ShapeError(f"{name} has shape {arrays[name].shape} where {wanted} is needed")
+        for name, tensor in tensors.items():
+            tensor.data = _from_torch_layout(arrays[name], tensor)
+
+
+def _to_torch_layout(tensor: Parameter | Buffer) -> np.ndarray:
+    array = to_numpy(tensor.data)
+    return array if tensor.torch_axes is None else array.transpose(tensor.torch_axes)
+
+
+def _from_torch_layout(array: np.ndarray, like: Parameter | Buffer) -> Any:
+    """``array`` in the layout, dtype and device of ``like``, in memory of its own."""
+    if like.torch_axes is not None:
+        array = array.transpose(np.argsort(like.torch_axes))
+    return xp_of(like.data).array(array, dtype=like.dtype, order="C")
+
+
+def _check_names(wanted: set[str], given: set[str]) -> None:
+    problems = []
+    if missing := sorted(wanted - given):
+        problems.append(f"missing {', '.join(missing)}")
+    if unknown := sorted(given - wanted):
+        problems.append(f"unknown {', '.join(unknown)}")
+    if any(name.endswith(".presence") for name in wanted ^ given):
+        problems.append("attach presence parameters first with flows.attach, or remove them")
+    if problems:
+        raise KeyError(f"this state does not fit the network: {'; '.join(problems)}")

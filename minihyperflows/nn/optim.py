@@ -1,0 +1,215 @@
+"""Optimisers: SGD with momentum, and Adam.
+
+Each rule is written twice. The plain function is the formula; the class runs the same arithmetic
+in blocks that stay in the processor's cache, in place, without temporaries. A test holds the two
+equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from minihyperflows.engine.backend import Array, to_device, to_numpy, xp_of
+from minihyperflows.nn.module import Parameter
+
+# Elements per block: four float32 arrays of this length fit into a 256 KiB second-level cache.
+BLOCK = 16384
+
+
+def sgd_rule(
+    theta: Array,
+    gradient: Array,
+    velocity: Array | None,
+    lr: float,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+) -> tuple[Array, Array]:
+    """One step of SGD, as in PyTorch: the new parameters and the new velocity.
+
+    g <- g + weight_decay theta;  v <- momentum v + g  (v <- g at the first step);
+    theta <- theta - lr v,  or with Nesterov  theta <- theta - lr (g + momentum v).
+    """
+    gradient = gradient + weight_decay * theta
+    velocity = gradient if velocity is None else momentum * velocity + gradient
+    direction = gradient + momentum * velocity if nesterov else velocity
+    return theta - lr * direction, velocity
+
+
+def adam_rule(
+    theta: Array,
+    gradient: Array,
+    m: Array,
+    v: Array,
+    step: int,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> tuple[Array, Array, Array]:
+    """Step number ``step`` (from 1) of Adam: the new parameters, first and second moments.
+
+    g <- g + weight_decay theta;  m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;
+    theta <- theta - lr (m / (1 - b1^step)) / (sqrt(v / (1 - b2^step)) + eps).
+
+    Source: Kingma & Ba 2015, algorithm 1.
+    """
+    b1, b2 = betas
+    gradient = gradient + weight_decay * theta
+    m = b1 * m + (1 - b1) * gradient
+    v = b2 * v + (1 - b2) * gradient * gradient
+    m_hat, v_hat = m / (1 - b1**step), v / (1 - b2**step)
+    return theta - lr * m_hat / (v_hat**0.5 + eps), m, v
+
+
+class Optimizer:
+    """Steps a list of parameters along their gradients; those without a gradient stay put.
+
+    Args:
+        params: the parameters to train.
+        lr: the learning rate; may be changed between steps (``opt.lr = ...``).
+    """
+
+    slots: tuple[str, ...] = ()  # names of the arrays kept for each parameter
+
+    def __init__(self, params: Iterable[Parameter], lr: float, weight_decay: float = 0.0) -> None:
+        if isinstance(params, Mapping):
+            raise TypeError("pass the parameters themselves: named_parameters().values()")
+        self.params = list(params)
+        if not all(isinstance(p, Parameter) for p in self.params):
+            raise TypeError("an optimiser trains nn.Parameter objects only")
+        if not self.params:
+            raise ValueError("an optimiser needs at least one parameter")
+        self.lr, self.weight_decay, self.steps = lr, weight_decay, 0
+        self._state: list[dict[str, Array]] = [{} for _ in self.params]
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for p in self.params:
+            p.grad = None
+
+    def step(self) -> None:
+        """Move every parameter that has a gradient, in place."""
+        self.steps += 1
+        for p, state in zip(self.params, self._state, strict=True):
+            if p.grad is not None:
+                if not state:
+                    state.update({name: xp_of(p.data).zeros_like(p.data) for name in self.slots})
+                self._update(p, state)
+
+    def _update(self, p: Parameter, state: dict[str, Array]) -> None:
+        """Update ``p.data`` and ``state`` block by block."""
+        p.data = xp_of(p.data).ascontiguousarray(p.data)  # a no-op but for odd user arrays
+        arrays = [p.data, p.grad, *(state[name] for name in self.slots)]
+        flat = [a.reshape(-1) for a in arrays]  # views, except a gradient in another order
+        scratch = xp_of(p.data).empty((2, min(BLOCK, p.data.size)), dtype=p.data.dtype)
+        for block in _blocks(p.data.size):
+            theta, gradient, *slots = (a[block] for a in flat)
+            self._update_block(theta, gradient, slots, scratch[:, : theta.size])
+
+    def _update_block(
+        self, theta: Array, gradient: Array, slots: list[Array], scratch: Array
+    ) -> None:
+        raise NotImplementedError
+
+    # -- saving and loading ----------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """The step count and, as ``"<number of the parameter>.<name>"``, the kept arrays."""
+        state = {"steps": np.array(self.steps)}
+        for i, slots in enumerate(self._state):
+            state |= {f"{i}.{name}": to_numpy(array).copy() for name, array in slots.items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Continue where the optimiser that wrote ``state`` stopped."""
+        self.steps = int(state["steps"])
+        for i, p in enumerate(self.params):
+            kept = {name: state[f"{i}.{name}"] for name in self.slots if f"{i}.{name}" in state}
+            self._state[i] = {k: to_device(a.copy(), p.device) for k, a in kept.items()}
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent with momentum; the formula is :func:`sgd_rule`."""
+
+    slots = ("velocity",)
+
+    def __init__(
+        self,
+        params: Iterable[Parameter],
+        lr: float,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+    ) -> None:
+        super().__init__(params, lr, weight_decay)
+        if nesterov and not momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+        self.momentum, self.nesterov = momentum, nesterov
+
+    def _update_block(
+        self, theta: Array, gradient: Array, slots: list[Array], scratch: Array
+    ) -> None:
+        xp, (velocity,), (g, s) = xp_of(theta), slots, scratch
+        xp.multiply(theta, self.weight_decay, out=g)
+        g += gradient
+        velocity *= self.momentum  # zero at the first step, so that v = g there
+        velocity += g
+        direction = velocity
+        if self.nesterov:
+            xp.multiply(velocity, self.momentum, out=s)
+            g += s
+            direction = g
+        xp.multiply(direction, self.lr, out=s)
+        theta -= s
+
+
+class Adam(Optimizer):
+    """Adam; the formula is :func:`adam_rule`."""
+
+    slots = ("m", "v")
+
+    def __init__(
+        self,
+        params: Iterable[Parameter],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, lr, weight_decay)
+        self.betas, self.eps = betas, eps
+
+    def _update_block(
+        self, theta: Array, gradient: Array, slots: list[Array], scratch: Array
+    ) -> None:
+        xp, (m, v), (g, s) = xp_of(theta), slots, scratch
+        b1, b2 = self.betas
+        if self.weight_decay:
+            xp.multiply(theta, self.weight_decay, out=g)
+            g += gradient
+            gradient = g
+        xp.multiply(gradient, 1 - b1, out=s)
+        m *= b1
+        m += s
+        xp.multiply(gradient, gradient, out=s)
+        s *= 1 - b2
+        v *= b2
+        v += s
+        xp.sqrt(v, out=s)  # the denominator sqrt(v_hat) + eps ...
+        s *= 1 / (1 - b2**self.steps) ** 0.5
+        s += self.eps
+        xp.divide(m, s, out=s)  # ... and the step m / denominator, scaled
+        s *= self.lr / (1 - b1**self.steps)
+        theta -= s
+
+
+def _blocks(size: int) -> Iterator[slice]:
+    for start in range(0, size, BLOCK):
+        yield slice(start, start + BLOCK)
+
+
+__all__ = ["SGD", "Adam", "Optimizer", "adam_rule", "sgd_rule"]
