@@ -14,7 +14,7 @@ from minihyperflows.flows.law import PowerLaw, fit_power_law
 from minihyperflows.flows.pressure import pressure
 from minihyperflows.flows.recorder import FlowRecorder, LayerFlow
 from minihyperflows.flows.scheduler import PressureScheduler, density_trajectory
-from minihyperflows.flows.stages import RegrowthController, Timeline, admit
+from minihyperflows.flows.stages import Timeline, land
 
 __all__ = [
     "KAPPA",
@@ -22,15 +22,14 @@ __all__ = [
     "LayerFlow",
     "PowerLaw",
     "PressureScheduler",
-    "RegrowthController",
     "Timeline",
-    "admit",
     "attach",
     "density",
     "density_trajectory",
     "detach",
     "fit_power_law",
     "gate",
+    "land",
     "layer_density",
     "presences",
     "pressure",

@@ -59,6 +59,7 @@ class FlowRecorder:
         self._layers = {
             name: _Layer(is_present(layer.presence.data)) for name, layer in self._gated.items()
         }
+        self._present = sum(int(totals.mask.sum()) for totals in self._layers.values())
 
     def observe_flux(self, gamma: float = 0.0, floor: float | None = None) -> None:
         """Read the flux out of the presence gradients of the last backward pass.
@@ -86,9 +87,16 @@ class FlowRecorder:
             changed = mask ^ totals.mask
             flips = int(changed.sum())
             if flips:
+                regrowths = int((changed & mask).sum())
                 totals.flips += flips
-                totals.regrowths += int((changed & mask).sum())
+                totals.regrowths += regrowths
+                self._present += 2 * regrowths - flips
                 totals.mask = mask
+
+    @property
+    def density(self) -> float:
+        """The fraction of all gated weights that was present at the last :meth:`observe_step`."""
+        return self._present / self._weights
 
     def take(self) -> dict[str, LayerFlow]:
         """The report by layer since the last call; the counts start again from zero."""

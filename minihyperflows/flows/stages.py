@@ -1,4 +1,4 @@
-"""The stages of a run, and the regrowth that ends exactly on the target.
+"""The stages of a run, and the landing that makes regrowth end on the target.
 
 dense -> pruning -> regrowth: train without gates; add gates and pressure; take the pressure away,
 so that removed weights with enough flux come back (chapter 09).
@@ -6,7 +6,6 @@ so that removed weights with enough flux come back (chapter 09).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from minihyperflows.engine.backend import Array, xp_of
@@ -44,79 +43,48 @@ class Timeline:
         return REGROWTH, epoch - self.dense - self.pruning
 
 
-class RegrowthController:
-    """Lets removed weights come back at an even pace until the density is the target's, then stops.
+def land(net: Module, target_density: float) -> int:
+    """Make exactly the target's number of weights present: those with the largest t.
 
-    Without pressure the density rises by an amount that depends on the network, the data and the
-    learning rates, so no fixed starting point ends at a given sparsity. Therefore the pruning stage
-    aims at a density below the target (a share of the final weights is left to regrowth), and this
-    controller closes the gap by feedback: the density should rise along a straight line that
-    reaches the target after half of the regrowth epochs, and each epoch the learning rate of t is
-    doubled if the density is behind and halved if it is ahead. :func:`admit` then ends the regrowth
-    on the very step at which the target is reached; from there on the topology is frozen.
+    t adds up the flux that a weight has felt, so it ranks all weights, present and removed. Moving
+    the gate's threshold from 0 to the right rank removes the weights that came back last, or
+    brings back those that were about to return. (The threshold stays at 0; the t between it and
+    the rank are moved across.)
+
+    Why a rank: without pressure the density rises by an amount that depends on the network, the
+    data and the learning rates, so no fixed starting point makes regrowth end at a given sparsity.
+    The pruning stage therefore aims at fewer weights than the target, regrowth runs until the
+    target is reached or half of its epochs are over, and this function closes the remaining gap;
+    from there on the topology is frozen (chapter 09).
 
     Args:
-        target_density: where to stop.
-        start_density: the density at the end of the pruning stage.
-        epochs: length of the regrowth stage.
-        lr_scale: factor on the learning rate of t in the first regrowth epoch.
+        target_density: the fraction of all gated weights to keep. Their number is rounded down.
+
+    Returns:
+        How many weights were brought back (positive) or removed (negative).
     """
-
-    FASTEST = 128.0  # the learning rate of t is never raised beyond this factor
-
-    def __init__(
-        self, target_density: float, start_density: float, epochs: int, lr_scale: float
-    ) -> None:
-        self.target_density, self.start_density = target_density, start_density
-        self.epochs, self.lr_scale = epochs, lr_scale
-
-    def expected(self, epoch: int) -> float:
-        """The density that regrowth should have reached after ``epoch`` of its epochs."""
-        progress = min(1.0, 2 * epoch / self.epochs)
-        return self.start_density + (self.target_density - self.start_density) * progress
-
-    def update(self, epoch: int, density: float) -> float:
-        """Take the density after ``epoch`` (from 1) and return the factor for the next epoch."""
-        factor = 2.0 if density < self.expected(epoch) else 0.5
-        self.lr_scale = min(self.lr_scale * factor, self.FASTEST)
-        return self.lr_scale
-
-    def state_dict(self) -> dict[str, float]:
-        """What the controller remembers between epochs."""
-        return {"start_density": self.start_density, "lr_scale": self.lr_scale}
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Continue where the controller that wrote ``state`` stopped."""
-        self.start_density = float(state["start_density"])
-        self.lr_scale = float(state["lr_scale"])
+    parameters = [p.data for p in presences(net).values()]
+    keep = kept_weights(target_density, sum(t.size for t in parameters))
+    change = keep - sum(int(is_present(t).sum()) for t in parameters)
+    if change:
+        _move_threshold(parameters, change)
+    return change
 
 
-def admit(net: Module, target_density: float) -> bool:
-    """True once the density has reached ``target_density``, trimmed to be just that.
-
-    If the last step brought back more weights than fit, those with the largest t stay, and the
-    rest, the ones that came back last, are set just below the gate's threshold. The density is
-    then the largest multiple of 1/N that does not exceed the target.
-    """
-    parameters = list(presences(net).values())
-    total = sum(p.size for p in parameters)
-    room = int(target_density * total + 1e-9)  # 0.02 * 50200 is 1003.9999999999999
-    present = sum(int(is_present(p.data).sum()) for p in parameters)
-    if present < room:
-        return False
-    if present > room:
-        _remove_smallest([p.data for p in parameters], present - room)
-    return True
+def kept_weights(target_density: float, total: int) -> int:
+    """How many of ``total`` weights a density leaves: the largest whole number not above it."""
+    return int(target_density * total + 1e-6)  # 0.02 * 50200 is 1003.9999999999999
 
 
-def _remove_smallest(arrays: list[Array], count: int) -> None:
-    """Set the ``count`` smallest non-negative entries of all arrays together to the largest
-    number below zero."""
+def _move_threshold(arrays: list[Array], change: int) -> None:
+    """Bring back the ``change`` removed weights with the largest t, or remove the ``-change``
+    present ones with the smallest. In a tie the earlier weight moves."""
     xp = xp_of(arrays[0])
     flat = xp.concatenate([t.reshape(-1) for t in arrays])
-    candidates = xp.flatnonzero(flat >= 0)
-    order = xp.argsort(flat[candidates], kind="stable")  # ties: the earlier weight goes
-    flat[candidates[order[:count]]] = -xp.finfo(flat.dtype).tiny
+    candidates = xp.flatnonzero(is_present(flat) == (change < 0))
+    distance = abs(flat[candidates])
+    moved = candidates[xp.argsort(distance, kind="stable")[: abs(change)]]
+    flat[moved] = 0.0 if change > 0 else -xp.finfo(flat.dtype).tiny
     start = 0
     for t in arrays:
         t[...] = flat[start : start + t.size].reshape(t.shape)

@@ -82,11 +82,14 @@ class PressureSettings:
 class Regrowth:
     """The stage without pressure; the weights' optimiser is that of the pruning stage.
 
-    ``land``: stop regrowth when the target is reached. The pruning stage then aims at the density
-    (1 - share) (1 - target): ``share`` is the fraction of the final weights that regrowth
-    contributes. With ``land`` False the pruning stage aims at the target itself and regrowth runs
-    as in the authors' code: the learning rate of t is ``lr_scale * lr * lr_decay ** epoch``, and 0
-    after ``freeze_after`` epochs.
+    The learning rate of t is ``lr_scale * lr_decay ** k`` times that of the pruning stage in epoch
+    k = 0, 1, ..., and 0 after ``freeze_after`` epochs.
+
+    ``land``: end on the target (:func:`minihyperflows.flows.land`). The pruning stage then aims at
+    the density (1 - share) (1 - target), so ``share`` is the fraction of the final weights that is
+    left to regrowth; t is frozen as soon as the target is reached, at the latest after half of the
+    epochs. With ``land`` False the pruning stage aims at the target itself, as in the authors'
+    code, and regrowth overshoots it.
     """
 
     epochs: int
@@ -94,7 +97,7 @@ class Regrowth:
     end_lr: float
     schedule: str = "cosine"
     land: bool = True
-    share: float = 0.2
+    share: float = 0.1
     lr_scale: float = 1.0
     lr_decay: float = 0.75
     freeze_after: int = 50
@@ -104,8 +107,8 @@ class Regrowth:
         done = (epoch - 1 + offset) / self.epochs
         return scheduled_lr(self.schedule, self.lr, self.end_lr, done)
 
-    def free_lr_scale(self, epoch: int, offset: int = 0) -> float:
-        """The factor on the learning rate of t where regrowth is not told to land."""
+    def presence_lr_factor(self, epoch: int, offset: int = 0) -> float:
+        """The factor on the learning rate of t in ``epoch`` (from 1)."""
         k = epoch - 1 + offset
         return 0.0 if k >= self.freeze_after else self.lr_scale * self.lr_decay**k
 

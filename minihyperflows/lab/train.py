@@ -13,7 +13,7 @@ from minihyperflows import flows
 from minihyperflows import functional as F
 from minihyperflows.engine import NonFiniteLossError, Tensor, no_grad
 from minihyperflows.flows.recorder import FlowRecorder, LayerFlow
-from minihyperflows.flows.stages import DENSE, PRUNING, REGROWTH, RegrowthController, admit
+from minihyperflows.flows.stages import DENSE, PRUNING, REGROWTH, land
 from minihyperflows.lab.augment import crop_and_flip
 from minihyperflows.lab.data import Dataset, normalise
 from minihyperflows.lab.errors import UserError
@@ -122,20 +122,19 @@ class Trainer:
     ) -> None:
         self.net, self.data, self.recipe, self.rng = net, data, recipe, rng
         self.epoch = 0  # epochs finished
-        self.landed = False
         self.density = 1.0
+        self.density_before_regrowth = 1.0
+        self.landed_by: int | None = None  # weights moved by flows.land; None until it has run
         if flows.presences(net):
             raise ValueError("the network has gates already: training starts with a dense one")
         self.weight_optimizer = make_optimizer(trainable(net, recipe), recipe.dense)
         self.presence_optimizer: optim.Optimizer | None = None
         self.recorder: FlowRecorder | None = None
         self.scheduler = pressure_scheduler(recipe)
-        self.controller = RegrowthController(
-            1 - recipe.target_sparsity,
-            start_density=1.0,  # known at the end of the pruning stage
-            epochs=max(1, recipe.timeline.regrowth),
-            lr_scale=recipe.regrowth.lr_scale,
-        )
+
+    @property
+    def _target_density(self) -> float:
+        return 1 - self.recipe.target_sparsity
 
     @property
     def finished(self) -> bool:
@@ -149,7 +148,7 @@ class Trainer:
         gamma = self._gamma(stage)
         lr_weights, lr_presence = self._learning_rates(stage, k)
         expected = self._expected_density(stage, k)
-        loss = self._train_one_epoch(stage, gamma)
+        loss = self._train_one_epoch(stage, k, gamma)
         self.epoch += 1
         accuracy = evaluate(self.net, self.data)
         layers = self.recorder.take() if self.recorder else {}
@@ -181,7 +180,7 @@ class Trainer:
             flows.attach(self.net, init=self.recipe.presence.init, rng=self.rng)
             self._start_pruning()
         elif stage == REGROWTH:
-            self.controller.start_density = self.density
+            self.density_before_regrowth = self.density
 
     def _start_pruning(self) -> None:
         """Optimisers and recorder of the gated network; they serve the regrowth stage too."""
@@ -207,10 +206,9 @@ class Trainer:
             weights = recipe.pruning.lr_at(k)
         else:
             weights = recipe.regrowth.lr_at(k, late)
-            if not recipe.regrowth.land:
-                presence *= recipe.regrowth.free_lr_scale(k, late)
-            else:
-                presence *= 0.0 if self.landed else self.controller.lr_scale
+            presence *= recipe.regrowth.presence_lr_factor(k, late)
+            if self.landed_by is not None:
+                presence = 0.0
         self.weight_optimizer.lr = weights
         if self.presence_optimizer:
             self.presence_optimizer.lr = presence
@@ -221,19 +219,16 @@ class Trainer:
             return 1.0
         if stage == PRUNING:
             return self.scheduler.expected(k)
-        if self.recipe.regrowth.land:
-            return self.controller.expected(k)
-        return 1 - self.recipe.target_sparsity
+        return self._target_density
 
     def _conclude(self, stage: str, k: int) -> None:
+        """What the density measured after epoch ``k`` of ``stage`` leads to."""
         if stage == PRUNING:
             self.scheduler.update(k, self.density)
-        elif stage == REGROWTH:
-            self.controller.update(k, self.density)
 
     # -- within an epoch -------------------------------------------------------------------------
 
-    def _train_one_epoch(self, stage: str, gamma: float) -> float:
+    def _train_one_epoch(self, stage: str, k: int, gamma: float) -> float:
         """One pass over the training set; returns the mean loss."""
         recipe = self.recipe
         smoothing = recipe.dense.label_smoothing
@@ -248,6 +243,8 @@ class Trainer:
             if self.recorder and step % max(1, steps // FLUX_SAMPLES) == 0:
                 self.recorder.observe_flux(gamma, recipe.pressure.floor)
             self._step(stage)
+        if stage == REGROWTH and self.landed_by is None and 2 * k >= recipe.timeline.regrowth:
+            self._land()
         return total / len(self.data.train_y)
 
     def _batches(self) -> Iterator[tuple[Tensor, np.ndarray]]:
@@ -276,18 +273,18 @@ class Trainer:
     def _step(self, stage: str) -> None:
         """Both optimisers step on the gradients of the same backward pass, weights first."""
         self.weight_optimizer.step()
-        if self.presence_optimizer and self.presence_optimizer.lr > 0:
+        if self.presence_optimizer and self.recorder and self.presence_optimizer.lr > 0:
             self.presence_optimizer.step()
-            if stage == REGROWTH and self.recipe.regrowth.land:
-                self._try_to_land()
-            if self.recorder:
-                self.recorder.observe_step()
+            self.recorder.observe_step()
+            if stage == REGROWTH and self.recorder.density >= self._target_density:
+                self._land()
 
-    def _try_to_land(self) -> None:
-        if admit(self.net, 1 - self.recipe.target_sparsity):
-            self.landed = True
-            if self.presence_optimizer:
-                self.presence_optimizer.lr = 0.0
+    def _land(self) -> None:
+        """End the regrowth: bring the density to the target and freeze the topology."""
+        if self.recipe.regrowth.land and self.presence_optimizer and self.recorder:
+            self.landed_by = land(self.net, self._target_density)
+            self.presence_optimizer.lr = 0.0
+            self.recorder.observe_step()
 
     # -- saving and loading ----------------------------------------------------------------------
 
@@ -301,10 +298,10 @@ class Trainer:
         values = {
             "epoch": self.epoch,
             "density": self.density,
-            "landed": self.landed,
+            "density_before_regrowth": self.density_before_regrowth,
+            "landed_by": self.landed_by,
             "gated": self.presence_optimizer is not None,
             "scheduler": self.scheduler.state_dict(),
-            "controller": self.controller.state_dict(),
             "rng": self.rng.bit_generator.state,
         }
         return arrays, values
@@ -320,10 +317,10 @@ class Trainer:
             self.presence_optimizer.load_state_dict(_with_prefix(arrays, "presences."))
             self.recorder = FlowRecorder(self.net)
         self.scheduler.load_state_dict(values["scheduler"])
-        self.controller.load_state_dict(values["controller"])
         self.rng.bit_generator.state = values["rng"]
         self.epoch, self.density = int(values["epoch"]), float(values["density"])
-        self.landed = bool(values["landed"])
+        self.density_before_regrowth = float(values["density_before_regrowth"])
+        self.landed_by = values["landed_by"]
 
 
 def _with_prefix(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
