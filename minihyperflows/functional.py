@@ -7,6 +7,7 @@ Activations are (N, H, W, C): N images of H rows, W columns and C channels. Conv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -130,4 +131,4 @@ def concatenate(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
 
 def flatten(x: Tensor) -> Tensor:
     """(N, ...) -> (N, everything else)."""
-    return x.reshape(x.shape[0], -1)
+    return x.reshape(*x.shape[:1], math.prod(x.shape[1:]))

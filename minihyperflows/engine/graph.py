@@ -9,6 +9,8 @@ rule at each function (chapter 01).
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -22,18 +24,21 @@ _recording: ContextVar[bool] = ContextVar("recording", default=True)
 
 
 def is_recording() -> bool:
-    """False inside :class:`no_grad`."""
+    """False inside :func:`no_grad`."""
     return _recording.get()
 
 
-class no_grad:  # noqa: N801 - reads as a statement: `with no_grad():`
-    """Context in which operations are computed but not recorded, so they cannot be differentiated."""
+@contextmanager
+def no_grad() -> Iterator[None]:
+    """Context in which operations are computed but not recorded, so they cannot be differentiated.
 
-    def __enter__(self) -> None:
-        self._token = _recording.set(False)
-
-    def __exit__(self, *exception: object) -> None:
-        _recording.reset(self._token)
+    Holds for the thread (or asynchronous task) that entered it, not for others. Also a decorator.
+    """
+    token = _recording.set(False)
+    try:
+        yield
+    finally:
+        _recording.reset(token)
 
 
 class Function:
@@ -150,8 +155,11 @@ def input_gradients(function: Function, cotangent: Array) -> list[Array | None]:
     for i, (needed, gradient) in enumerate(zip(function.needs, wanted, strict=True)):
         if not needed:
             continue
-        if gradient is None:
-            raise GraphError(f"{function.name}.backward returned no gradient for input {i}")
+        if not hasattr(gradient, "shape"):
+            found = "no gradient" if gradient is None else f"a {type(gradient).__name__}"
+            raise GraphError(
+                f"{function.name}.backward returned {found} where input {i} needs an array"
+            )
         if gradient.shape != function.inputs[i].shape:
             raise ShapeError(
                 f"{function.name}.backward returned shape {gradient.shape} "

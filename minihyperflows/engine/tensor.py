@@ -32,13 +32,20 @@ class Tensor:
         creator: the :class:`~minihyperflows.engine.graph.Function` that made it; None for a leaf.
     """
 
-    # Let `array + tensor` reach Tensor.__radd__ instead of becoming an array of tensors.
+    # Let `array + tensor` reach Tensor.__radd__ instead of becoming an array of tensors, and keep
+    # NumPy's functions from cutting the graph silently.
     __array_ufunc__ = None
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        raise TypeError(
+            "NumPy cannot compute with a Tensor, which would lose its gradient: use the tensor's "
+            "methods and minihyperflows.functional, or take its values with .numpy()"
+        )
 
     def __init__(self, array: Any, requires_grad: bool = False) -> None:
         if isinstance(array, Tensor):
             raise TypeError("this is a Tensor already: use it as it is, or its .detach()")
-        self.data: Array = array if device_of(array) == "cuda" else np.asarray(array)
+        self.data: Array = _numbers(array)
         if requires_grad and self.data.dtype.kind not in "fc":
             raise TypeError(
                 f"only real or complex tensors have gradients, not {self.data.dtype}: "
@@ -90,6 +97,9 @@ class Tensor:
     def __len__(self) -> int:
         return len(self.data)
 
+    def __bool__(self) -> bool:
+        return bool(self.data)
+
     def __repr__(self) -> str:
         made_by = f", made by {self.creator.name}" if self.creator else ""
         needs = ", requires_grad=True" if self.requires_grad and not self.creator else ""
@@ -134,8 +144,9 @@ class Tensor:
             if not bool(xp.isfinite(self.data).all()):
                 raise NonFiniteLossError(f"the loss is {self.item()}: its gradient is meaningless")
             return xp.ones_like(self.data)
-        array = cotangent.data if isinstance(cotangent, Tensor) else cotangent
-        array = xp.array(array, dtype=xp.result_type(array, self.dtype))  # ours to keep
+        array = xp.array(cotangent.data if isinstance(cotangent, Tensor) else cotangent)  # a copy
+        if array.dtype.kind != "c":  # a complex cotangent stays complex
+            array = array.astype(self.dtype, copy=False)
         if array.shape != self.shape:
             raise ShapeError(f"cotangent of shape {array.shape} for a tensor of shape {self.shape}")
         return array
@@ -179,6 +190,7 @@ class Tensor:
         return apply(ops.Negate(), self)
 
     def __getitem__(self, index: Any) -> Tensor:
+        index = index.data if isinstance(index, Tensor) else index
         return apply(ops.GetItem(index), self)
 
     # -- methods ---------------------------------------------------------------------------------
@@ -218,8 +230,12 @@ def apply(function: Function, *inputs: Any) -> Tensor:
 
     Raises:
         DeviceError: the inputs lie on different devices.
+        GraphError: the function was applied already.
+        TypeError: ``function`` is no Function, or an input holds no numbers.
     """
-    if function.inputs:
+    if not isinstance(function, Function):
+        raise TypeError(f"apply needs an instance of a Function, as in apply(Exp(), x): {function!r}")
+    if function.inputs or function.freed:
         raise GraphError(f"this {function.name} was applied already: make a new one for each use")
     arrays = [x.data if isinstance(x, Tensor) else _constant(x) for x in inputs]
     _require_one_device(function, arrays)
@@ -235,9 +251,15 @@ def apply(function: Function, *inputs: Any) -> Tensor:
 
 def _constant(value: Any) -> Any:
     """A Python number as it is, so that it adapts to the other operand's dtype; else an array."""
-    if isinstance(value, bool | int | float | complex) or hasattr(value, "dtype"):
-        return value
-    return np.asarray(value)
+    return value if isinstance(value, bool | int | float | complex) else _numbers(value)
+
+
+def _numbers(value: Any) -> Array:
+    """``value`` as an array: itself if it is one; TypeError if it holds anything but numbers."""
+    array = value if device_of(value) == "cuda" else np.asarray(value)
+    if array.dtype.kind in "OSUmM":
+        raise TypeError(f"a tensor holds numbers, not {type(value).__name__} ({array.dtype})")
+    return array
 
 
 def _require_one_device(function: Function, arrays: list[Any]) -> None:

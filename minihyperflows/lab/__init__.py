@@ -1,0 +1,25 @@
+"""Running experiments: data, recipes, training, runs, plots, the command line.
+
+The only floor that reads files, prints, and knows data sets by name.
+"""
+
+from minihyperflows.lab.data import Dataset, load, normalise
+from minihyperflows.lab.errors import UserError
+from minihyperflows.lab.recipes import RECIPES, Recipe
+from minihyperflows.lab.runs import run
+from minihyperflows.lab.train import EpochRecord, Trainer, build_network, evaluate, train
+
+__all__ = [
+    "RECIPES",
+    "Dataset",
+    "EpochRecord",
+    "Recipe",
+    "Trainer",
+    "UserError",
+    "build_network",
+    "evaluate",
+    "load",
+    "normalise",
+    "run",
+    "train",
+]

@@ -6,11 +6,9 @@ seed. MNIST and CIFAR are read from a folder, in the layouts in which they are p
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
-import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -83,9 +81,10 @@ def channel_statistics(images: Pixels) -> tuple[tuple[float, ...], tuple[float, 
     means, deviations = [], []
     for channel in range(images.shape[-1]):
         counts = np.bincount(images[..., channel].reshape(-1), minlength=256)
-        number = sum(counts := counts.tolist())
-        total = sum(value * count for value, count in enumerate(counts))
-        squares = sum(value * value * count for value, count in enumerate(counts))
+        number, total, squares = (
+            sum(int(count) * value**power for value, count in enumerate(counts))
+            for power in (0, 1, 2)
+        )
         means.append(total / (number * 255))
         deviations.append(math.sqrt(number * squares - total * total) / (number * 255))
     return tuple(means), tuple(deviations)
@@ -157,6 +156,8 @@ def blaming(path: Path, name: str, root: Path) -> Iterator[None]:
     except formats.FormatError as error:
         again = f"delete it and run: {fetch_command(name, root)}"
         raise UserError(f"{path} {error}; {again}") from error
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; fetch it with: {fetch_command(name, root)}") from error
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise UserError(f"{path} cannot be read ({reason}); check its permissions") from error
@@ -257,19 +258,32 @@ CIFAR = {
 def load_cifar(name: str, root: Path) -> Dataset:
     """The published Python batches of cifar10 or cifar100: unpacked, or in their archive."""
     layout = CIFAR[name]
-    source, contents = open_cifar(name, root)
-
-    def read_batches(files: tuple[str, ...]) -> tuple[Pixels, Labels]:
-        batches = []
-        for file in files:
-            with blaming(source / file, name, root):
-                data = contents[file]
-                batches.append(formats.read_cifar_batch(data, layout.label_key, layout.classes))
-        images, labels = zip(*batches, strict=True)
-        return np.concatenate(images), np.concatenate(labels)
-
+    source, read = open_cifar(name, root)
     with blaming(source / layout.meta, name, root):
-        names = formats.read_cifar_names(contents[layout.meta], layout.names_key, layout.classes)
-    train_x, train_y = read_batches(layout.train)
-    test_x, test_y = read_batches((layout.test,))
+        names = formats.read_cifar_names(read(layout.meta), layout.names_key, layout.classes)
+
+    def read_batch(file: str) -> tuple[Pixels, Labels]:
+        with blaming(source / file, name, root):
+            return formats.read_cifar_batch(read(file), layout.label_key, layout.classes)
+
+    train = [read_batch(file) for file in layout.train]
+    train_x = np.concatenate([images for images, _ in train])
+    train_y = np.concatenate([labels for _, labels in train])
+    test_x, test_y = read_batch(layout.test)
     return Dataset(name, train_x, train_y, test_x, test_y, names, layout.mean, layout.std)
+
+
+def open_cifar(name: str, root: Path) -> tuple[Path, Callable[[str], bytes]]:
+    """Where the files lie, a folder or an archive, and a function that reads one of them."""
+    layout = CIFAR[name]
+    for folder in (root / layout.folder, root):
+        if any((folder / file).is_file() for file in layout.files):
+            return folder, lambda file: formats.read_bytes(folder / file)
+    archive = root / layout.archive
+    if archive.is_file():
+        with blaming(archive, name, root):
+            return archive, formats.read_archive(archive, layout.sha256, layout.files).__getitem__
+    raise UserError(
+        f"{root} holds neither {layout.folder} nor {layout.archive}; "
+        f"fetch it with: {fetch_command(name, root)}"
+    )

@@ -7,14 +7,16 @@ it is executed, and no length it announces is believed before it has been checke
 from __future__ import annotations
 
 import gzip
+import hashlib
 import math
 import pickletools
 import struct
+import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, ClassVar, cast
 
 import numpy as np
@@ -259,6 +261,27 @@ def read_pickle(data: bytes) -> dict[str, Any]:
 
 CIFAR_SHAPE = (3, 32, 32)  # the channel planes of one image, one after another
 CIFAR_BYTES = math.prod(CIFAR_SHAPE)
+
+
+def read_bytes(path: Path) -> bytes:
+    """The whole of a pickle's file, unless it is too large to be one."""
+    if path.stat().st_size > MAX_PICKLE_BYTES:
+        raise FormatError(f"is larger than the {MAX_PICKLE_BYTES} bytes such a file may have")
+    return path.read_bytes()
+
+
+def read_archive(path: Path, sha256: str, files: Iterable[str]) -> dict[str, bytes]:
+    """Some files of a published .tar.gz, which is opened only if its checksum is the right one."""
+    with path.open("rb") as archive:
+        if hashlib.file_digest(archive, "sha256").hexdigest() != sha256:
+            raise FormatError("is not the published archive: its SHA-256 is another")
+    wanted, contents = set(files), {}
+    with tarfile.open(path, "r:gz") as archive_members:
+        for member in archive_members:
+            name = PurePosixPath(member.name).name
+            if name in wanted and member.isreg():
+                contents[name] = archive_members.extractfile(member).read()
+    return contents
 
 
 def pickled_rows(array: Any) -> NDArray[np.uint8]:
