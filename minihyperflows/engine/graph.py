@@ -68,6 +68,7 @@ class Function:
 
     inputs: tuple[Any, ...] = ()
     needs: tuple[bool, ...] = ()
+    output_shape: tuple[int, ...] = ()
     freed = False
 
     def forward(self, *arrays: Array) -> Array:

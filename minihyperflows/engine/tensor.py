@@ -244,7 +244,7 @@ def apply(function: Function, *inputs: Any) -> Tensor:
     function.needs = needs if recorded else (False,) * len(needs)
     output = Tensor(function.forward(*arrays))
     if recorded:
-        function.inputs = inputs
+        function.inputs, function.output_shape = inputs, output.shape
         output.requires_grad, output.creator = True, function
     return output
 

@@ -59,6 +59,8 @@ class PressureScheduler:
         gamma = b ** exponent
 
     An inertia makes the steps longer the longer they go the same way. From epoch T on gamma stays.
+    All three are multiples of step / 4 and are kept as whole numbers of it, so that b returns to
+    exactly 0.
 
     Args:
         target_sparsity: S in [0, 1); the trajectory ends at density 1 - S.
@@ -86,7 +88,12 @@ class PressureScheduler:
         self.target_sparsity, self.epochs = target_sparsity, epochs
         self.step, self.exponent, self.aggressivity = step, exponent, aggressivity
         self._trajectory = density_trajectory(1 - target_sparsity, epochs, aggressivity)
-        self.base = self.inertia_up = self.inertia_down = 0.0
+        self._base = self._up = self._down = 0  # b, p and n in units of step / 4
+
+    @property
+    def base(self) -> float:
+        """b, the pressure before the exponent."""
+        return self._base * self.step / 4
 
     @property
     def gamma(self) -> float:
@@ -111,28 +118,23 @@ class PressureScheduler:
         return self.gamma
 
     def _raise(self) -> None:
-        self.base += self.step + self.inertia_up
-        self.inertia_up += self.step / 4
-        self.inertia_down = 0.0
+        self._base += 4 + self._up
+        self._up += 1
+        self._down = 0
 
     def _lower(self) -> None:
-        self.base = max(0.0, self.base - self.step - self.inertia_down)
-        self.inertia_down += self.step / 4
-        self.inertia_up = 0.0
+        self._base = max(0, self._base - 4 - self._down)
+        self._down += 1
+        self._up = 0
 
-    def state_dict(self) -> dict[str, float]:
-        """What the controller remembers between epochs."""
-        return {
-            "base": self.base,
-            "inertia_up": self.inertia_up,
-            "inertia_down": self.inertia_down,
-        }
+    def state_dict(self) -> dict[str, int]:
+        """What the controller remembers between epochs: b, p and n in units of step / 4."""
+        return {"base": self._base, "inertia_up": self._up, "inertia_down": self._down}
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continue where the scheduler that wrote ``state`` stopped."""
-        self.base = float(state["base"])
-        self.inertia_up = float(state["inertia_up"])
-        self.inertia_down = float(state["inertia_down"])
+        self._base = int(state["base"])
+        self._up, self._down = int(state["inertia_up"]), int(state["inertia_down"])
 
 
 def base_after_rises(rises: int, step: float) -> float:

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from . import formats, shapes
-from .errors import UserError
+from minihyperflows.lab import formats, shapes
+from minihyperflows.lab.errors import UserError
 
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int64]
@@ -56,11 +56,11 @@ def load(name: str, root: str | os.PathLike[str] | None = None) -> Dataset:
         return load_digits()
     if name == "shapes32":
         return make_shapes32()
-    if name == "mnist":
-        return load_mnist(data_folder(root))
-    if name in CIFAR:
-        return load_cifar(name, data_folder(root))
-    raise UserError(f"there is no data set {name!r}; choose one of {', '.join(NAMES)}")
+    if name not in NAMES:
+        raise UserError(f"there is no data set {name!r}; choose one of {', '.join(NAMES)}")
+    folder = data_folder(root)
+    with blaming(folder, name, folder):
+        return load_mnist(folder) if name == "mnist" else load_cifar(name, folder)
 
 
 def normalise(images: Pixels, data: Dataset, dtype: DTypeLike) -> NDArray:
@@ -140,8 +140,11 @@ def make_shapes32(train: int = 10_000, test: int = 2_000, seed: int = 0) -> Data
 
 def data_folder(root: str | os.PathLike[str] | None = None) -> Path:
     """`root`; else the folder in MINIHYPERFLOWS_DATA; else ~/.cache/minihyperflows."""
-    chosen = root or os.environ.get(FOLDER_VARIABLE) or Path.home() / ".cache" / "minihyperflows"
-    return Path(chosen).expanduser()
+    chosen = root or os.environ.get(FOLDER_VARIABLE) or "~/.cache/minihyperflows"
+    try:
+        return Path(chosen).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{chosen} cannot be found: there is no such home folder") from error
 
 
 def fetch_command(name: str, root: Path) -> str:

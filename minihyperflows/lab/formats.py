@@ -13,7 +13,7 @@ import pickletools
 import struct
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -270,17 +270,17 @@ def read_bytes(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def read_archive(path: Path, sha256: str, files: Iterable[str]) -> dict[str, bytes]:
+def read_archive(path: Path, sha256: str, files: tuple[str, ...]) -> dict[str, bytes]:
     """Some files of a published .tar.gz, which is opened only if its checksum is the right one."""
     with path.open("rb") as archive:
         if hashlib.file_digest(archive, "sha256").hexdigest() != sha256:
             raise FormatError("is not the published archive: its SHA-256 is another")
-    wanted, contents = set(files), {}
-    with tarfile.open(path, "r:gz") as archive_members:
-        for member in archive_members:
+    contents = {}
+    with tarfile.open(path, "r:gz") as members:
+        for member in members:
             name = PurePosixPath(member.name).name
-            if name in wanted and member.isreg():
-                contents[name] = archive_members.extractfile(member).read()
+            if name in files and (stream := members.extractfile(member)):
+                contents[name] = stream.read()
     return contents
 
 
@@ -314,7 +314,8 @@ def read_cifar_batch(
     rows = pickled_rows(batch.get("data"))
     labels = pickled_labels(batch.get(label_key))
     check_labels(labels, len(rows), classes)
-    return rows.reshape(-1, *CIFAR_SHAPE).transpose(0, 2, 3, 1), labels
+    images = rows.reshape(-1, *CIFAR_SHAPE).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(images), labels
 
 
 def read_cifar_names(data: bytes, key: str, classes: int) -> tuple[str, ...]:

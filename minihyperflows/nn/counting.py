@@ -1,0 +1,61 @@
+"""Counting the work of a network: floating-point operations, dense and sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from minihyperflows.engine.conv import Conv2d
+from minihyperflows.engine.graph import Function, reverse_topological_order
+from minihyperflows.engine.ops import Linear
+from minihyperflows.engine.tensor import Tensor
+from minihyperflows.nn.module import Module
+
+
+def flops(net: Module, input_shape: tuple[int, ...]) -> dict[str, int]:
+    """Floating-point operations of each convolution and linear layer for one image.
+
+    A layer with K weights per output (kH kW C_in / groups, or in_features) multiplies K times and
+    adds K - 1 times for each output: outputs (2 K - 1). Biases and batch norm are not counted, as
+    in the authors' code.
+
+    Args:
+        net: the network; one image of zeros is sent through it.
+        input_shape: of one image, (H, W, C).
+    """
+    names = {id(p): name.removesuffix(".weight") for name, p in net.named_parameters().items()}
+    was_training = net.training
+    net.eval()
+    dtype = next(iter(net.parameters())).dtype
+    output = net(Tensor(np.zeros((1, *input_shape), dtype)))
+    net.train(was_training)
+    if output.creator is None:
+        return {}
+    layers = reversed(reverse_topological_order(output.creator))
+    return {
+        names[id(_weight(function))]: _operations(function)
+        for function in layers
+        if isinstance(function, Linear | Conv2d)
+    }
+
+
+def sparse_flops(dense: Mapping[str, int], density: Mapping[str, float]) -> dict[str, int]:
+    """The operations that remain when each layer keeps the fraction ``density`` of its weights.
+
+    Rounded down, layer by layer. Layers without an entry in ``density`` count as dense.
+    """
+    return {name: int(count * density.get(name, 1.0)) for name, count in dense.items()}
+
+
+def _weight(function: Function) -> Tensor:
+    """The parameter behind the weight that ``function`` used, followed through its gate."""
+    weight = function.inputs[1]
+    while weight.creator is not None:
+        weight = weight.creator.inputs[0]
+    return weight
+
+
+def _operations(function: Function) -> int:
+    per_output = int(np.prod(_weight(function).shape[1:]))
+    return int(np.prod(function.output_shape)) * (2 * per_output - 1)
