@@ -97,7 +97,7 @@ class Function:
 
 
 def reverse_topological_order(root: Function) -> list[Function]:
-    """Every function that ``root`` depends on, each one after all the functions that use its output.
+    """Every function that ``root`` depends on, each after all the functions that use its output.
 
     Iterative (Kahn's algorithm), so the depth of the graph is limited by memory, not by Python's
     recursion limit.
@@ -156,7 +156,7 @@ def input_gradients(function: Function, cotangent: Array) -> list[Array | None]:
     for i, (needed, gradient) in enumerate(zip(function.needs, wanted, strict=True)):
         if not needed:
             continue
-        if not hasattr(gradient, "shape"):
+        if gradient is None or not hasattr(gradient, "shape"):
             found = "no gradient" if gradient is None else f"a {type(gradient).__name__}"
             raise GraphError(
                 f"{function.name}.backward returned {found} where input {i} needs an array"
@@ -193,7 +193,7 @@ class LeafGradients:
 
 
 def _as_array(gradient: Array, dtype: Any) -> Array:
-    """``gradient`` as an array in the leaf's dtype; a complex gradient of a real leaf stays complex."""
+    """``gradient`` as an array in the leaf's dtype; complex stays complex, for a real leaf too."""
     xp = xp_of(gradient)
     keep = gradient.dtype == dtype or gradient.dtype.kind == "c"
     return xp.asarray(gradient) if keep else xp.asarray(gradient, dtype=dtype)

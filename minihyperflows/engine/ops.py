@@ -29,7 +29,7 @@ def unbroadcast(gradient: Array, shape: tuple[int, ...]) -> Array:
     if gradient.shape == shape:
         return gradient
     added = gradient.ndim - len(shape)
-    stretched = [i + added for i, n in enumerate(shape) if n == 1 and gradient.shape[i + added] != 1]
+    stretched = [i for i, n in enumerate(shape, start=added) if n == 1 and gradient.shape[i] != 1]
     return gradient.sum(axis=(*range(added), *stretched), keepdims=True).reshape(shape)
 
 
@@ -162,7 +162,7 @@ class Power(Function):
         if not isinstance(exponent, Real):
             raise TypeError(f"the exponent must be a real number, not {type(exponent).__name__}")
         # A Python number, even if a NumPy scalar was given: those would change x's dtype.
-        self.exponent = int(exponent) if isinstance(exponent, Integral) else float(exponent)
+        self.exponent: float = int(exponent) if isinstance(exponent, Integral) else float(exponent)
 
     def forward(self, x: Array) -> Array:
         self.x = x
@@ -239,6 +239,8 @@ class ReLU(Function):
 
 class Reduction(Function):
     """An operation that removes axes (or keeps them with length 1)."""
+
+    shape: tuple[int, ...]  # of x, set by forward
 
     def __init__(self, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> None:
         self.axis, self.keepdims = axis, keepdims
@@ -409,10 +411,10 @@ class Linear(Function):
     """
 
     def forward(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
-        if weight.ndim != 2 or x.shape[-1:] != weight.shape[1:]:
+        if len(_shape(weight)) != 2 or _shape(x)[-1:] != weight.shape[1:]:
             raise ShapeError(
-                f"Linear: input of shape {x.shape} does not fit a weight of shape {weight.shape}, "
-                "which is (out, in)"
+                f"Linear: input of shape {_shape(x)} does not fit a weight of shape "
+                f"{_shape(weight)}, which must be (out, in)"
             )
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ShapeError(
@@ -486,7 +488,7 @@ class CrossEntropy(Function):
 
     def forward(self, logits: Array) -> Array:
         if device_of(self.labels) != device_of(logits):
-            raise DeviceError("CrossEntropy: labels and logits on different devices: move one with .to")
+            raise DeviceError("CrossEntropy: labels and logits lie on different devices")
         check_labels(self.labels, logits.shape)
         self.log_p = log_softmax(logits)
         s, rows = self.label_smoothing, xp_of(logits).arange(len(logits))

@@ -222,7 +222,7 @@ class Tensor:
 
 
 def apply(function: Function, *inputs: Any) -> Tensor:
-    """Apply ``function`` to ``inputs`` and, unless under ``no_grad``, record it for the backward pass.
+    """Apply ``function`` to ``inputs`` and, unless under ``no_grad``, record it for ``backward``.
 
     Args:
         function: a new instance of a :class:`Function`; an instance records one application.
@@ -234,7 +234,7 @@ def apply(function: Function, *inputs: Any) -> Tensor:
         TypeError: ``function`` is no Function, or an input holds no numbers.
     """
     if not isinstance(function, Function):
-        raise TypeError(f"apply needs an instance of a Function, as in apply(Exp(), x): {function!r}")
+        raise TypeError(f"apply needs a Function instance, as in apply(Exp(), x), not {function}")
     if function.inputs or function.freed:
         raise GraphError(f"this {function.name} was applied already: make a new one for each use")
     arrays = [x.data if isinstance(x, Tensor) else _constant(x) for x in inputs]
@@ -266,4 +266,6 @@ def _require_one_device(function: Function, arrays: list[Any]) -> None:
     devices = {device_of(a): a for a in arrays if hasattr(a, "shape")}
     if len(devices) > 1:
         shapes = " and ".join(f"shape {a.shape} on {d}" for d, a in sorted(devices.items()))
-        raise DeviceError(f"{function.name}: inputs on different devices ({shapes}): move one with .to")
+        raise DeviceError(
+            f"{function.name}: inputs on different devices ({shapes}): move one with .to"
+        )

@@ -1,7 +1,8 @@
 """Files that are either the old ones or the new ones, never something in between.
 
-Everything a run writes goes to a temporary file beside its destination, is forced to disk, and is
-then renamed. A process killed at any moment leaves the previous file whole.
+Everything a run writes goes to a temporary file beside its destination and is then renamed, so a
+process killed at any moment leaves the previous file whole. What cannot be made again is forced to
+the disk before the renaming, so that a power failure does no harm either.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from minihyperflows.lab.errors import UserError
 FORMAT = "minihyperflows checkpoint 1"
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:
     """Replace ``path`` by a file with ``content``, or leave it as it is.
+
+    ``durable`` waits until the content is on the disk, which can take a second on a busy one.
 
     Raises:
         UserError: the disk is full or the folder is not writable; ``path`` is untouched.
@@ -32,8 +35,9 @@ def write_atomically(path: Path, content: bytes) -> None:
     try:
         with open(temporary, "wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):  # the first error is the one to report

@@ -1,4 +1,4 @@
-"""The one error a user of the laboratory sees: a file, a folder or an option that cannot be used."""
+"""The error that a user of the laboratory sees: a file, folder or option that cannot be used."""
 
 from __future__ import annotations
 

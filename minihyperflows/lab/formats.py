@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 MAX_IMAGES = 100_000  # in one file; the largest published one holds 60,000
 MAX_PICKLE_BYTES = 2**28  # the largest published one (CIFAR-100's training set) is 155 MB
 MAX_OPCODES = 1_000_000  # in one pickle; the largest published one holds about 300,000
+MAX_KEY_LENGTH = 100  # of a dictionary's key; the longest published one has 19 letters
 
 
 class FormatError(ValueError):
@@ -109,13 +110,19 @@ def as_bytes(value: Any) -> bytes:
     return value if isinstance(value, bytes) else as_text(value).encode("latin-1")
 
 
+def key_text(key: Any) -> str:
+    if not isinstance(key, str | bytes) or len(key) > MAX_KEY_LENGTH:
+        raise ValueError("no key that such a file has")
+    return as_text(key)
+
+
 class PickleMachine:
     """The stack machine that a pickle is a program for, with the opcodes of CIFAR's files alone.
 
     Where `pickle` would call a name, a `Record` remembers the call: nothing can be executed.
     """
 
-    NAMES = {
+    NAMES: ClassVar[set[str]] = {
         "numpy ndarray",
         "numpy dtype",
         "numpy.core.multiarray _reconstruct",  # as NumPy 1 writes it
@@ -123,20 +130,29 @@ class PickleMachine:
         "_codecs encode",  # around the bytes that Python 3 writes in protocol 2
     }
 
-    def __init__(self) -> None:
+    def __init__(self, data: bytes) -> None:
+        self.data = data
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
+        self.may_encode = len(data)  # bytes; a file cannot ask for more copies than it could hold
 
-    def run(self, data: bytes) -> tuple[Any, int]:
-        """The object that the pickle builds, and the position of its end."""
-        for number, (opcode, argument, position) in enumerate(pickletools.genops(data)):
+    def run(self) -> Any:
+        """The object that the pickle builds."""
+        for number, (opcode, argument, position) in enumerate(pickletools.genops(self.data)):
             if opcode.name == "STOP":
-                return self.stack.pop(), position + 1
-            if opcode.name not in self.OPCODES or number == MAX_OPCODES:
-                raise FormatError(f"holds a pickle of another kind: {opcode.name} after {number}")
+                return self.stop(cast(int, position) + 1)
+            if opcode.name not in self.OPCODES:
+                raise FormatError(f"holds the pickle opcode {opcode.name}, which none needs")
+            if number == MAX_OPCODES:
+                raise FormatError(f"holds more than {MAX_OPCODES} pickle opcodes")
             self.OPCODES[opcode.name](self, argument)
-        raise AssertionError("genops ends with STOP or an exception")
+        raise AssertionError("genops ends with STOP or with an exception")
+
+    def stop(self, end: int) -> Any:
+        if end != len(self.data):
+            raise FormatError("has bytes after the end of its pickle")
+        return self.pop()
 
     def top(self, kind: type) -> Any:
         if not isinstance(self.stack[-1], kind):
@@ -172,11 +188,11 @@ class PickleMachine:
 
     def set_item(self, _: Any) -> None:
         value, key = self.pop(), self.pop()
-        self.top(dict)[as_text(key)] = value
+        self.top(dict)[key_text(key)] = value
 
     def set_items(self, _: Any) -> None:
         items = self.pop_to_mark()
-        keys = [as_text(key) for key in items[::2]]
+        keys = [key_text(key) for key in items[::2]]
         self.top(dict).update(zip(keys, items[1::2], strict=True))
 
     def make_tuple(self, _: Any) -> None:
@@ -203,8 +219,16 @@ class PickleMachine:
 
     def reduce(self, _: Any) -> None:
         arguments, called = self.pop(tuple), self.pop(Record)
-        is_bytes = called.name == "encode"
-        self.push(as_bytes(arguments[0]) if is_bytes else Record(called.name, arguments))
+        if called.name == "encode":
+            self.encode(arguments[0])
+        else:
+            self.push(Record(called.name, arguments))
+
+    def encode(self, text: Any) -> None:
+        self.may_encode -= len(as_text(text))
+        if self.may_encode < 0:
+            raise FormatError("asks for more bytes than it holds")
+        self.push(as_bytes(text))
 
     def build(self, _: Any) -> None:
         state = self.pop(tuple)
@@ -245,13 +269,11 @@ def read_pickle(data: bytes) -> dict[str, Any]:
     array needs. Keys, and the byte strings of Python 2, become text, one letter a byte (Latin-1).
     """
     try:
-        result, end = PickleMachine().run(data)
+        result = PickleMachine(data).run()
     except FormatError:
         raise
     except (ValueError, LookupError, struct.error) as error:
         raise FormatError("is cut short or damaged: its pickle does not parse") from error
-    if end != len(data):
-        raise FormatError("has bytes after the end of its pickle")
     if not isinstance(result, dict):
         raise FormatError("does not hold a dictionary")
     return result
@@ -265,6 +287,8 @@ CIFAR_BYTES = math.prod(CIFAR_SHAPE)
 
 def read_bytes(path: Path) -> bytes:
     """The whole of a pickle's file, unless it is too large to be one."""
+    if not path.is_file():
+        raise FileNotFoundError(path)
     if path.stat().st_size > MAX_PICKLE_BYTES:
         raise FormatError(f"is larger than the {MAX_PICKLE_BYTES} bytes such a file may have")
     return path.read_bytes()

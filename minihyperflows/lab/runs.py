@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
@@ -38,6 +39,9 @@ from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import Recipe, find
 from minihyperflows.lab.train import METRICS, EpochRecord, Trainer, build_network
 from minihyperflows.nn.counting import flops, sparse_flops
+
+# Short epochs share a checkpoint: a run that is killed repeats at most about this much work.
+SECONDS_BETWEEN_CHECKPOINTS = 5.0
 
 LAYER_FIELDS = tuple(f.name for f in dataclasses.fields(LayerFlow))
 
@@ -182,18 +186,21 @@ def _train(
     device: str,
     progress: bool,
 ) -> None:
-    """Run the remaining epochs, saving after each."""
+    """Run the remaining epochs, saving every few seconds and at the end."""
     total = trainer.recipe.timeline.epochs
     bar = tqdm(
         total=total, initial=trainer.epoch, disable=not progress, unit="epoch", dynamic_ncols=True
     )
+    saved = time.monotonic()
     with bar:
         while not trainer.finished:
             try:
                 records.append(trainer.run_epoch())
             except NonFiniteLossError as error:
-                raise UserError(_divergence_message(error, trainer.epoch, folder)) from error
-            _save(trainer, records, folder, seed, device)
+                raise UserError(_divergence_message(error, folder)) from error
+            if trainer.finished or time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+                _save(trainer, records, folder, seed, device)
+                saved = time.monotonic()
             bar.set_postfix_str(_progress_text(records[-1]), refresh=False)
             bar.update()
 
@@ -205,9 +212,10 @@ def _progress_text(record: EpochRecord) -> str:
     )
 
 
-def _divergence_message(error: NonFiniteLossError, epoch: int, folder: RunFolder) -> str:
-    if epoch == 0:
-        return f"{error}; no epoch was finished"
+def _divergence_message(error: NonFiniteLossError, folder: RunFolder) -> str:
+    if not folder.checkpoint.exists():
+        return f"{error}; no checkpoint was written yet"
+    epoch = load_checkpoint(folder.checkpoint)[1]["trainer"]["epoch"]
     return f"{error}; the last good checkpoint is {folder.checkpoint}, after epoch {epoch}"
 
 
@@ -250,14 +258,14 @@ def _write_csv(path: Path, names: tuple[str, ...], rows: Iterable[dict[str, Any]
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(path, text.getvalue().encode("utf-8"))
+    write_atomically(path, text.getvalue().encode("utf-8"), durable=False)
 
 
 def _draw(folder: RunFolder, records: list[EpochRecord]) -> None:
     for name, figure in plots.run_figures(records).items():
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=120)
-        write_atomically(folder.plots / f"{name}.png", image.getvalue())
+        write_atomically(folder.plots / f"{name}.png", image.getvalue(), durable=False)
 
 
 def summarise(

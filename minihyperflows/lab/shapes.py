@@ -19,7 +19,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating]  # float32 throughout
 Distance = Callable[[Floats, Floats], Floats]
 
 SIZE = 32

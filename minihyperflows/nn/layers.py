@@ -23,6 +23,7 @@ class Weighted(Module):
     weight: Parameter
     bias: Parameter | None
     weight_gate: Callable[[Tensor], Tensor] | None = None
+    presence: Parameter  # there with a gate only; see flows.attach
 
     def effective_weight(self) -> Tensor:
         """The weight that ``forward`` uses: gated if a gate is attached."""

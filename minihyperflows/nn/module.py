@@ -1,7 +1,7 @@
 """Modules: objects that hold parameters, buffers and other modules.
 
-A module finds what it holds by looking through its own attributes (and lists of modules among
-them), in the order in which they were set. There is no registration to forget.
+A module finds what it holds by looking through its own attributes (and the lists, tuples and
+dictionaries among them), in the order in which they were set. There is no registration to forget.
 """
 
 from __future__ import annotations
@@ -56,35 +56,42 @@ class Module:
 
     # -- what it holds ---------------------------------------------------------------------------
 
-    def children(self) -> Iterator[tuple[str, Module]]:
-        """The modules directly inside this one, with their names; items of a list by number."""
+    def contents(self) -> Iterator[tuple[str, Any]]:
+        """The attributes with their names; the items of lists, tuples and dictionaries singly."""
         for name, value in vars(self).items():
-            if isinstance(value, Module):
+            if isinstance(value, list | tuple | dict):
+                items = value.items() if isinstance(value, dict) else enumerate(value)
+                yield from ((f"{name}.{key}", item) for key, item in items)
+            else:
                 yield name, value
-            elif isinstance(value, list):
-                for i, item in enumerate(value):
-                    if isinstance(item, Module):
-                        yield f"{name}.{i}", item
 
-    def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
-        """This module and all modules inside it, each with its dotted name."""
-        yield prefix, self
-        for name, child in self.children():
-            yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
+    def children(self) -> Iterator[tuple[str, Module]]:
+        """The modules directly inside this one, with their names."""
+        return ((name, item) for name, item in self.contents() if isinstance(item, Module))
+
+    def named_modules(self) -> Iterator[tuple[str, Module]]:
+        """This module and all modules inside it, each once, with its (first) dotted name."""
+        return _walk(self, "", set())
 
     def named_tensors(self) -> dict[str, Parameter | Buffer]:
         """All parameters of every role, and all buffers: what ``state_dict`` saves."""
         return {
             f"{path}.{name}" if path else name: value
             for path, module in self.named_modules()
-            for name, value in vars(module).items()
+            for name, value in module.contents()
             if isinstance(value, Parameter | Buffer)
         }
 
     def named_parameters(self, role: str = "weight") -> dict[str, Parameter]:
-        """The parameters of one role by dotted name, in the order of definition."""
-        tensors = self.named_tensors().items()
-        return {k: p for k, p in tensors if isinstance(p, Parameter) and p.role == role}
+        """The parameters of one role by dotted name, in the order of definition.
+
+        A parameter that several modules share has one entry, its first name.
+        """
+        first_name: dict[Parameter, str] = {}
+        for name, tensor in self.named_tensors().items():
+            if isinstance(tensor, Parameter) and tensor.role == role:
+                first_name.setdefault(tensor, name)
+        return {name: parameter for parameter, name in first_name.items()}
 
     def parameters(self) -> list[Parameter]:
         """The values of :meth:`named_parameters`."""
@@ -123,22 +130,31 @@ class Module:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the values of ``state``, as :meth:`state_dict` (or PyTorch's) returns them.
 
-        All names and shapes are checked before the first value changes. Values are converted to
-        each tensor's dtype.
+        Everything is checked before the first value changes. Values are converted to each
+        tensor's dtype.
 
         Raises:
             KeyError: names are missing or unknown.
             ShapeError: a value has another shape than its tensor.
+            TypeError: a value is of another kind, complex for real or real for integer.
         """
         tensors = self.named_tensors()
         _check_names(set(tensors), set(state))
         arrays = {k: np.asarray(state[k]) for k in tensors}
         for name, tensor in tensors.items():
-            wanted = _to_torch_layout(tensor).shape
-            if arrays[name].shape != wanted:
-                raise ShapeError(f"{name} has shape {arrays[name].shape} where {wanted} is needed")
+            _check_fits(name, arrays[name], tensor)
         for name, tensor in tensors.items():
             tensor.data = _from_torch_layout(arrays[name], tensor)
+
+
+def _walk(module: Module, name: str, seen: set[int]) -> Iterator[tuple[str, Module]]:
+    """``module``, called ``name``, and all modules inside it that were not seen before."""
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    yield name, module
+    for child_name, child in module.children():
+        yield from _walk(child, f"{name}.{child_name}" if name else child_name, seen)
 
 
 def _to_torch_layout(tensor: Parameter | Buffer) -> np.ndarray:
@@ -151,6 +167,14 @@ def _from_torch_layout(array: np.ndarray, like: Parameter | Buffer) -> Any:
     if like.torch_axes is not None:
         array = array.transpose(np.argsort(like.torch_axes))
     return xp_of(like.data).array(array, dtype=like.dtype, order="C")
+
+
+def _check_fits(name: str, array: np.ndarray, tensor: Parameter | Buffer) -> None:
+    wanted = _to_torch_layout(tensor).shape
+    if array.shape != wanted:
+        raise ShapeError(f"{name} has shape {array.shape} where {wanted} is needed")
+    if not np.can_cast(array.dtype, tensor.dtype, "same_kind"):
+        raise TypeError(f"{name} holds {array.dtype} values where {tensor.dtype} is needed")
 
 
 def _check_names(wanted: set[str], given: set[str]) -> None:

@@ -8,11 +8,11 @@ equal.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import numpy as np
 
 from minihyperflows.engine.backend import Array, to_device, to_numpy, xp_of
+from minihyperflows.engine.errors import ShapeError
 from minihyperflows.nn.module import Parameter
 
 # Elements per block: four float32 arrays of this length fit into a 256 KiB second-level cache.
@@ -69,8 +69,9 @@ class Optimizer:
     """Steps a list of parameters along their gradients; those without a gradient stay put.
 
     Args:
-        params: the parameters to train.
+        params: the parameters to train, each once.
         lr: the learning rate; may be changed between steps (``opt.lr = ...``).
+        weight_decay: adds weight_decay times the parameter to its gradient.
     """
 
     slots: tuple[str, ...] = ()  # names of the arrays kept for each parameter
@@ -83,8 +84,13 @@ class Optimizer:
             raise TypeError("an optimiser trains nn.Parameter objects only")
         if not self.params:
             raise ValueError("an optimiser needs at least one parameter")
-        self.lr, self.weight_decay, self.steps = lr, weight_decay, 0
-        self._state: list[dict[str, Array]] = [{} for _ in self.params]
+        if len(set(self.params)) < len(self.params):
+            raise ValueError("a parameter is listed twice: it would be stepped twice")
+        if not (lr >= 0 and weight_decay >= 0):
+            raise ValueError(f"lr ({lr}) and weight_decay ({weight_decay}) must not be negative")
+        self.lr, self.weight_decay = lr, weight_decay
+        self._state: list[dict[str, Array]] = [{} for _ in self.params]  # empty before a step
+        self._steps = [0 for _ in self.params]
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -93,43 +99,68 @@ class Optimizer:
 
     def step(self) -> None:
         """Move every parameter that has a gradient, in place."""
-        self.steps += 1
-        for p, state in zip(self.params, self._state, strict=True):
+        for i, p in enumerate(self.params):
             if p.grad is not None:
-                if not state:
-                    state.update({name: xp_of(p.data).zeros_like(p.data) for name in self.slots})
-                self._update(p, state)
+                self._steps[i] += 1
+                self._update(p, self._state[i], self._steps[i])
 
-    def _update(self, p: Parameter, state: dict[str, Array]) -> None:
+    def _update(self, p: Parameter, state: dict[str, Array], step: int) -> None:
         """Update ``p.data`` and ``state`` block by block."""
-        p.data = xp_of(p.data).ascontiguousarray(p.data)  # a no-op but for odd user arrays
+        xp = xp_of(p.data)
+        p.data = xp.asarray(p.data, order="C")  # a no-op but for odd user arrays
+        for name in self.slots:
+            if name not in state:
+                state[name] = xp.zeros(p.shape, dtype=p.dtype)
         arrays = [p.data, p.grad, *(state[name] for name in self.slots)]
         flat = [a.reshape(-1) for a in arrays]  # views, except a gradient in another order
-        scratch = xp_of(p.data).empty((2, min(BLOCK, p.data.size)), dtype=p.data.dtype)
+        scratch = xp.empty((2, min(BLOCK, p.data.size)), dtype=p.data.dtype)
         for block in _blocks(p.data.size):
             theta, gradient, *slots = (a[block] for a in flat)
-            self._update_block(theta, gradient, slots, scratch[:, : theta.size])
+            self._update_block(theta, gradient, slots, step, scratch[:, : theta.size])
 
     def _update_block(
-        self, theta: Array, gradient: Array, slots: list[Array], scratch: Array
+        self, theta: Array, gradient: Array, slots: list[Array], step: int, scratch: Array
     ) -> None:
         raise NotImplementedError
 
     # -- saving and loading ----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """The step count and, as ``"<number of the parameter>.<name>"``, the kept arrays."""
-        state = {"steps": np.array(self.steps)}
+        """The step count and the kept arrays of every parameter, ``"<its number>.<name>"``."""
+        state = {}
         for i, slots in enumerate(self._state):
+            state[f"{i}.step"] = np.array(self._steps[i])
             state |= {f"{i}.{name}": to_numpy(array).copy() for name, array in slots.items()}
         return state
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """Continue where the optimiser that wrote ``state`` stopped."""
-        self.steps = int(state["steps"])
+        """Continue where the optimiser that wrote ``state`` stopped.
+
+        Raises:
+            KeyError, ShapeError: the state is not of this optimiser and its parameters; nothing
+                has changed then.
+        """
+        self._check(state)
         for i, p in enumerate(self.params):
+            self._steps[i] = int(state[f"{i}.step"])
             kept = {name: state[f"{i}.{name}"] for name in self.slots if f"{i}.{name}" in state}
-            self._state[i] = {k: to_device(a.copy(), p.device) for k, a in kept.items()}
+            self._state[i] = {
+                name: to_device(np.array(array, dtype=p.dtype), p.device)
+                for name, array in kept.items()
+            }
+
+    def _check(self, state: Mapping[str, np.ndarray]) -> None:
+        wanted: dict[str, tuple[int, ...]] = {f"{i}.step": () for i in range(len(self.params))}
+        for i, p in enumerate(self.params):
+            if f"{i}.step" in state and int(state[f"{i}.step"]):
+                wanted |= {f"{i}.{name}": p.shape for name in self.slots}
+        if wrong := sorted(set(wanted) ^ set(state)):
+            raise KeyError(
+                f"this state does not fit the optimiser: {', '.join(wrong)} missing or unknown"
+            )
+        for name, shape in wanted.items():
+            if state[name].shape != shape:
+                raise ShapeError(f"{name} has shape {state[name].shape} where {shape} is needed")
 
 
 class SGD(Optimizer):
@@ -151,7 +182,7 @@ class SGD(Optimizer):
         self.momentum, self.nesterov = momentum, nesterov
 
     def _update_block(
-        self, theta: Array, gradient: Array, slots: list[Array], scratch: Array
+        self, theta: Array, gradient: Array, slots: list[Array], step: int, scratch: Array
     ) -> None:
         xp, (velocity,), (g, s) = xp_of(theta), slots, scratch
         xp.multiply(theta, self.weight_decay, out=g)
@@ -181,10 +212,12 @@ class Adam(Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(params, lr, weight_decay)
+        if not all(0 <= b < 1 for b in betas):
+            raise ValueError(f"betas must lie in [0, 1), not {betas}")
         self.betas, self.eps = betas, eps
 
     def _update_block(
-        self, theta: Array, gradient: Array, slots: list[Array], scratch: Array
+        self, theta: Array, gradient: Array, slots: list[Array], step: int, scratch: Array
     ) -> None:
         xp, (m, v), (g, s) = xp_of(theta), slots, scratch
         b1, b2 = self.betas
@@ -200,10 +233,10 @@ class Adam(Optimizer):
         v *= b2
         v += s
         xp.sqrt(v, out=s)  # the denominator sqrt(v_hat) + eps ...
-        s *= 1 / (1 - b2**self.steps) ** 0.5
+        s *= 1 / (1 - b2**step) ** 0.5
         s += self.eps
         xp.divide(m, s, out=s)  # ... and the step m / denominator, scaled
-        s *= self.lr / (1 - b1**self.steps)
+        s *= self.lr / (1 - b1**step)
         theta -= s
 
 
