@@ -13,23 +13,27 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import logging
 import os
-import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from urllib.parse import urlsplit
 
-import pooch
-import requests
-from tqdm import tqdm
+try:
+    import pooch
+    import requests
+    from tqdm import tqdm
 
-from minihyperflows.lab.data import CIFAR, data_folder
-from minihyperflows.lab.errors import UserError
-from minihyperflows.lab.formats import FormatError, read_archive
+    from minihyperflows.lab.data import CIFAR, data_folder
+    from minihyperflows.lab.errors import UserError
+    from minihyperflows.lab.formats import read_archive
+except ModuleNotFoundError as error:
+    print(f'error: there is no {error.name}; run: pip install -e ".[data]"', file=sys.stderr)
+    raise SystemExit(2) from error
 
 CHUNK_BYTES = 2**16
 TIMEOUTS = (10, 60)  # seconds without a connection, seconds without a byte
@@ -165,38 +169,223 @@ class ResumingDownloader:
         return self.part.stat().st_size if self.part.exists() else 0
 
     def __call__(self, url: str, output_file: str, _: Any) -> None:
-        self.resumed = 0 < self.received <= self.file.size
         if self.received > self.file.size:
             self.part.unlink()
+        self.resumed = self.received > 0
         if self.received < self.file.size:
-            self.request(url, start=self.received)
+            try:
+                self.request(url, self.received)
+            except requests.RequestException as error:
+                raise BrokenDownloadError(describe(error)) from error
+        if self.received != self.file.size:
+            raise BrokenDownloadError(f"{self.received} bytes instead of {self.file.size}")
         os.replace(self.part, output_file)
 
     def request(self, url: str, start: int) -> None:
-        # Without "identity", a server may mark a .gz file as compressed text and send it unpacked.
-        headers = {"Accept-Encoding": "identity"}
+        headers = {"Accept-Encoding": "identity"}  # else a .gz file may arrive unpacked
         if start:
             headers["Range"] = f"bytes={start}-"
-        try:
-            with requests.get(url, headers=headers, stream=True, timeout=TIMEOUTS) as response:
-                response.raise_for_status()
-                self.receive(response, self.first_byte(response, start))
-        except requests.HTTPError as error:
-            raise BrokenDownloadError(f"HTTP {error.response.status_code}") from error
-        except (requests.RequestException, pooch_transport_errors()) as error:
-            raise BrokenDownloadError(type(error).__name__) from error
+        with requests.get(url, headers=headers, stream=True, timeout=TIMEOUTS) as response:
+            response.raise_for_status()
+            if response.status_code != requests.codes.partial_content:
+                start = 0  # the server sends all of the file, whatever was asked for
+            self.check_headers(response.headers, start)
+            self.receive(response, start)
 
-    def first_byte(self, response: requests.Response, asked: int) -> int:
-        """Where in the file the response begins, if it can be trusted to end where it should."""
-        start = 0
-        if response.status_code == requests.codes.partial_content:
-            if not response.headers.get("Content-Range", "").startswith(f"bytes {asked}-"):
-                raise BrokenDownloadError("another range of bytes than was asked for")
-            start = asked
-        length = response.headers.get("Content-Length")
-        if length is not None and start + int(length) != self.file.size:
-            raise BrokenDownloadError(f"{start + int(length)} bytes instead of {self.file.size}")
-        return start
+    def check_headers(self, headers: Mapping[str, str], start: int) -> None:
+        """Refuse what cannot be the file before it replaces what has been received."""
+        if headers.get("Content-Encoding", "identity") != "identity":
+            raise BrokenDownloadError("sends the file in another encoding")
+        if start and not headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+            raise BrokenDownloadError("sends other bytes than asked for")
+        end = start + int(headers.get("Content-Length", self.file.size - start))
+        if end != self.file.size:
+            raise BrokenDownloadError(f"offers {end} bytes instead of {self.file.size}")
 
     def receive(self, response: requests.Response, start: int) -> None:
-        """Write the response after the first `start` bytes of the part, and show the progress."""
+        """Write the response behind the first `start` bytes, and show how far it is."""
+        progress = tqdm(
+            desc=self.file.name,
+            initial=start,
+            total=self.file.size,
+            unit="B",
+            unit_scale=True,
+            disable=None,  # that is: silent unless a terminal shows it
+        )
+        with progress, self.part.open("ab" if start else "wb") as part:
+            for chunk in response.iter_content(CHUNK_BYTES):
+                part.write(chunk)
+                progress.update(len(chunk))
+                if part.tell() > self.file.size:
+                    raise BrokenDownloadError(f"sends more than {self.file.size} bytes")
+
+
+def describe(error: requests.RequestException) -> str:
+    if error.response is not None:
+        return f"HTTP {error.response.status_code}"
+    return type(error).__name__
+
+
+def download(file: PublishedFile, target: Path) -> None:
+    """Fetch `file` from the first mirror that has it, whole and with the right checksum."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    downloader = ResumingDownloader(file, target.with_name(target.name + ".part"))
+    failures = []
+    for url in file.mirrors:
+        try:
+            return download_from(url, file, target, downloader)
+        except BrokenDownloadError as error:
+            failures.append(f"{urlsplit(url).netloc}: {error}")
+    raise UserError(
+        f"{file.name} could not be downloaded ({'; '.join(failures)}); run this again later, "
+        f"or get the file in another way and name it with --from"
+    )
+
+
+def download_from(
+    url: str, file: PublishedFile, target: Path, downloader: ResumingDownloader
+) -> None:
+    """Ask one mirror, again for the rest if it breaks off, until it brings nothing new."""
+    for attempt in range(1, ATTEMPTS + 1):
+        before = downloader.received
+        try:
+            pooch.retrieve(
+                url,
+                known_hash=f"sha256:{file.sha256}",
+                fname=target.name,
+                path=target.parent,
+                downloader=downloader,
+            )
+            return
+        except BrokenDownloadError:
+            if attempt == ATTEMPTS or downloader.received <= before:
+                raise
+        except ValueError as error:  # pooch's word for another checksum; it has deleted the file
+            if attempt == ATTEMPTS or not downloader.resumed:
+                raise BrokenDownloadError("another checksum") from error
+
+
+# --- files on the disk ----------------------------------------------------------------------------
+
+
+def checksum(path: Path, algorithm: str) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def is_complete(file: PublishedFile, folder: Path) -> bool:
+    """Whether the file, or what its archive holds, is there byte for byte."""
+    if isinstance(file, Archive):
+        expected = {folder / file.folder / name: md5 for name, md5 in file.members.items()}
+        return all(path.is_file() and checksum(path, "md5") == expected[path] for path in expected)
+    path = folder / file.path
+    return path.is_file() and checksum(path, "sha256") == file.sha256
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` when it is complete, and leaves no trace if not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".unfinished-") as scratch:
+        unfinished = Path(scratch) / path.name
+        with unfinished.open("wb") as file:
+            yield file
+        os.replace(unfinished, path)
+
+
+def unpack(archive: Path, file: Archive, folder: Path) -> None:
+    """Write the members that are wanted, and nothing else, under their own names."""
+    for name, content in read_archive(archive, file.sha256, tuple(file.members)).items():
+        with replacing(folder / file.folder / name) as member:
+            member.write(content)
+
+
+def put_in_place(file: PublishedFile, source: Path, folder: Path) -> None:
+    """Install a published file that lies elsewhere, which stays as it is."""
+    if isinstance(file, Archive):
+        return unpack(source, file, folder)
+    with replacing(folder / file.path) as copy:
+        copy.write(source.read_bytes())
+
+
+def fetch(file: PublishedFile, folder: Path) -> None:
+    """Download a file and, if it is an archive, leave only what it holds."""
+    target = folder / file.path
+    was_there = target.exists()
+    download(file, target)
+    if isinstance(file, Archive):
+        unpack(target, file, folder)
+        if not was_there:
+            target.unlink()
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def offered_files(paths: Sequence[Path], files: Sequence[PublishedFile]) -> dict[str, Path]:
+    """Which of `files`, known by its checksum, each path is; a UserError for one that is none."""
+    published = {file.sha256 for file in files}
+    offered = {checksum(path, "sha256"): path for path in paths}
+    for sha256, path in offered.items():
+        if sha256 not in published:
+            names = ", ".join(file.name for file in files)
+            raise UserError(f"{path} is none of the published files ({names}), or is damaged")
+    return offered
+
+
+def install(files: Sequence[PublishedFile], folder: Path, offers: Sequence[Path]) -> None:
+    """Bring every one of `files` into `folder`, from `offers` alone if there are any."""
+    offered = offered_files(offers, files)
+    for file in files:
+        if is_complete(file, folder):
+            print(f"{file.name}: already there")
+            continue
+        if not offers:
+            fetch(file, folder)
+        elif file.sha256 in offered:
+            put_in_place(file, offered[file.sha256], folder)
+        else:
+            raise UserError(f"{file.name} is not among the files given with --from; add it")
+        print(f"{file.name}: done")
+
+
+def parse(arguments: Sequence[str] | None, names: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Download published data sets.")
+    parser.add_argument("name", choices=[*names, "all"])
+    parser.add_argument("folder", nargs="?", help="where to put them (default: where lab looks)")
+    parser.add_argument(
+        "--from",
+        dest="offers",
+        metavar="FILE",
+        nargs="+",
+        type=Path,
+        default=[],
+        help="published files that are on this computer already",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(
+    arguments: Sequence[str] | None = None,
+    published: Mapping[str, Sequence[PublishedFile]] = PUBLISHED,
+) -> int:
+    options = parse(arguments, list(published))
+    names = list(published) if options.name == "all" else [options.name]
+    pooch.get_logger().setLevel("WARNING")  # one line a file is enough, and it is ours
+    try:
+        folder = data_folder(options.folder)
+        install([file for name in names for file in published[name]], folder, options.offers)
+        print(f"{options.name} is in {folder}")
+        return 0
+    except UserError as error:
+        problem = str(error)
+    except OSError as error:
+        problem = f"{error.filename or options.folder}: {error.strerror or error}"
+    except KeyboardInterrupt:
+        problem = "stopped; the same command continues where it was"
+    print(f"error: {problem}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
