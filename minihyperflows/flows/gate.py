@@ -110,9 +110,7 @@ def attach(
 
 def gated_layers(net: Module) -> dict[str, Weighted]:
     """The layers of ``net`` that have a gate, by name."""
-    return {
-        name: m for name, m in net.named_modules() if isinstance(m, Weighted) and m.weight_gate
-    }
+    return {name: m for name, m in net.named_modules() if isinstance(m, Weighted) and m.weight_gate}
 
 
 def presences(net: Module) -> dict[str, Parameter]:

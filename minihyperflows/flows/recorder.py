@@ -48,7 +48,8 @@ class FlowRecorder:
     Call :meth:`observe_flux` between ``backward`` and the optimisers' steps (as often as wanted),
     :meth:`observe_step` after every step, and :meth:`take` whenever a report is due.
 
-    With m_s the mask after step s:  flips = sum |m_s XOR m_{s-1}|,  regrowths = sum m_s (1 - m_{s-1}).
+    With m_s the mask after step s, a step has sum |m_s - m_{s-1}| flips, of which
+    sum m_s (1 - m_{s-1}) are regrowths.
     """
 
     def __init__(self, net: Module) -> None:

@@ -27,7 +27,7 @@ def survival_factors(floor: float, epochs: int, aggressivity: float, ceiling: fl
 
 
 def density_trajectory(target_density: float, epochs: int, aggressivity: float = 6.0) -> np.ndarray:
-    """E(e) = prod_{k=1..e} f(k) for e = 0 ... T, with the floor s chosen so that E(T) is the target.
+    """E(e) = prod_{k=1..e} f(k) for e = 0 ... T, with the floor s such that E(T) is the target.
 
     E(T) grows with s, so s is found by bisection. Returns T + 1 densities that fall from 1 to
     ``target_density``: fast at first, flat at the end.
@@ -138,7 +138,7 @@ class PressureScheduler:
 
 
 def base_after_rises(rises: int, step: float) -> float:
-    """b = step k + step k (k - 1) / 8 after k rises in a row from 0: the controller in closed form."""
+    """b after k rises in a row from 0, in closed form: step k + step k (k - 1) / 8."""
     return step * rises + step * rises * (rises - 1) / 8
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def crop_and_flip(images: np.ndarray, rng: np.random.Generator, pad: int = 4) -> np.ndarray:
-    """Each image padded with ``pad`` black pixels, cropped at a random place, flipped half the time.
+    """Each image padded with ``pad`` black pixels, cropped at random, flipped half the time.
 
     Args:
         images: (N, H, W, C), before normalisation, so that padding is black.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -47,8 +46,12 @@ def build_parser() -> argparse.ArgumentParser:
     recipes.set_defaults(command=list_recipes)
     info = commands.add_parser("info", help="print versions and whether a GPU can be used")
     info.set_defaults(command=print_info)
-    export = commands.add_parser("export", help="write a checkpoint's pruned network as weights only")
-    export.add_argument("checkpoint", type=Path, help="a run's checkpoint.safetensors, or its folder")
+    export = commands.add_parser(
+        "export", help="write a checkpoint's pruned network as weights only"
+    )
+    export.add_argument(
+        "checkpoint", type=Path, help="a run's checkpoint.safetensors, or its folder"
+    )
     export.add_argument("out", type=Path, help="the .safetensors file to write")
     export.set_defaults(command=export_weights)
     return parser
@@ -67,7 +70,11 @@ def _add_prune(commands: Any) -> None:
     prune.add_argument("--seed", type=_seed, default=0, metavar="N")
     prune.add_argument("--out", type=Path, metavar="DIR", help="default runs/RECIPE-S-seedN")
     prune.add_argument(
-        "--epochs-scale", type=float, default=1.0, metavar="X", help="make every stage X times as long"
+        "--epochs-scale",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="make every stage X times as long",
     )
     prune.add_argument(
         "--no-resume", action="store_true", help="start over, replacing what is in the folder"
@@ -119,7 +126,8 @@ def describe(recipe: Recipe, seed: int) -> str:
     """A line that says what is about to run."""
     stages = recipe.timeline
     return (
-        f"{recipe.name}: {recipe.model} on {recipe.dataset} to {recipe.target_sparsity:.2%} sparsity, "
+        f"{recipe.name}: {recipe.model} on {recipe.dataset} to sparsity "
+        f"{recipe.target_sparsity:.2%}, "
         f"{stages.dense} dense + {stages.pruning} pruning + {stages.regrowth} regrowth epochs, "
         f"seed {seed}"
     )

@@ -76,7 +76,9 @@ def layer_densities(records: Sequence[EpochRecord]) -> Figure:
     axes.bar(range(len(last)), [100 * layer.density for layer in last.values()], color=ORANGE)
     axes.axhline(100 * records[-1].density, color=GREY, ls="--", label="whole network")
     many = len(last) > 12
-    axes.set_xticks(range(len(last)), list(last), rotation=90 if many else 0, fontsize=6 if many else 9)
+    axes.set_xticks(
+        range(len(last)), list(last), rotation=90 if many else 0, fontsize=6 if many else 9
+    )
     axes.set_yscale("log")
     axes.set_ylabel("weights present (%)")
     axes.legend(frameon=False)

@@ -14,7 +14,6 @@ from minihyperflows.flows.scheduler import cosine
 from minihyperflows.flows.stages import Timeline
 from minihyperflows.lab.errors import UserError
 
-
 SCHEDULES = ("constant", "cosine", "multistep")
 
 

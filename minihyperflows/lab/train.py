@@ -356,9 +356,7 @@ def make_optimizer(
 ) -> optim.Optimizer:
     """The optimiser that ``settings`` describe."""
     if settings.optimizer == "adam":
-        return optim.Adam(
-            params, settings.lr, weight_decay=getattr(settings, "weight_decay", 0.0)
-        )
+        return optim.Adam(params, settings.lr, weight_decay=getattr(settings, "weight_decay", 0.0))
     if settings.optimizer == "sgd":
         return optim.SGD(
             params,
