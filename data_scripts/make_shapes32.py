@@ -18,14 +18,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.image import imsave
 
 from minihyperflows.lab.data import CIFAR, Dataset, make_shapes32
 from minihyperflows.lab.errors import UserError
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a window)
 
 
 def contact_sheet(data: Dataset, columns: int = 16, zoom: int = 2) -> np.ndarray:
@@ -61,7 +58,7 @@ def write_batches(folder: Path, data: Dataset) -> None:
 
 
 def write_all(folder: Path, data: Dataset) -> None:
-    plt.imsave(folder / "shapes32.png", contact_sheet(data))
+    imsave(folder / "shapes32.png", contact_sheet(data))
     np.savez_compressed(
         folder / "shapes32.npz",
         train_x=data.train_x,

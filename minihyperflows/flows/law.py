@@ -105,8 +105,7 @@ def student_t_cdf(t: float, freedom: int) -> float:
     for k in range(freedom // 2):
         series += term
         term *= cos2 * (2 * k + 1 + odd) / (2 * k + 2 + odd)
+    central = math.sin(theta) * series  # P(-t <= T <= t)
     if odd:
-        central = 2 / math.pi * (theta + math.sin(theta) * series)
-    else:
-        central = math.sin(theta) * series
+        central = 2 / math.pi * (theta + central)
     return 0.5 + central / 2

@@ -28,11 +28,13 @@ class MeanPresence(Function):
         pairs = zip(arrays, self.counted, strict=True)
         return sum((t * counts).sum() for t, counts in pairs) / self.total
 
-    def backward(self, c: Array) -> tuple[Array, ...]:
+    def backward(self, c: Array) -> tuple[Array | None, ...]:
         share = c / self.total
-        if self.floor is not None:
-            return tuple(share * counts for counts in self.counted)
-        return tuple(xp_of(c).broadcast_to(share, shape) for shape in self.shapes)
+        if self.floor is None:
+            gradients = [xp_of(c).broadcast_to(share, shape) for shape in self.shapes]
+        else:
+            gradients = [share * counts for counts in self.counted]
+        return tuple(g if n else None for g, n in zip(gradients, self.needs, strict=True))
 
 
 def pressure(net: Module, floor: float | None = None) -> Tensor:

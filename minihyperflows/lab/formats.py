@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import math
 import pickletools
 import struct
@@ -139,15 +140,16 @@ class PickleMachine:
 
     def run(self) -> Any:
         """The object that the pickle builds."""
-        for number, (opcode, argument, position) in enumerate(pickletools.genops(self.data)):
-            if opcode.name == "STOP":
-                return self.stop(cast(int, position) + 1)
-            if opcode.name not in self.OPCODES:
-                raise FormatError(f"holds the pickle opcode {opcode.name}, which none needs")
-            if number == MAX_OPCODES:
-                raise FormatError(f"holds more than {MAX_OPCODES} pickle opcodes")
-            self.OPCODES[opcode.name](self, argument)
-        raise AssertionError("genops ends with STOP or with an exception")
+        stream = io.BytesIO(self.data)
+        for _ in range(MAX_OPCODES):
+            code = stream.read(1)
+            if code == b".":
+                return self.stop(stream.tell())
+            if code not in OPCODES:
+                raise FormatError("is cut short, damaged, or a pickle of another kind")
+            read_argument, act = OPCODES[code]
+            act(self, read_argument(stream))
+        raise FormatError(f"holds more than {MAX_OPCODES} pickle opcodes")
 
     def stop(self, end: int) -> Any:
         if end != len(self.data):
@@ -234,32 +236,53 @@ class PickleMachine:
         state = self.pop(tuple)
         self.top(Record).state = state
 
-    OPCODES: ClassVar[dict[str, Callable[[PickleMachine, Any], None]]] = {
-        **dict.fromkeys(["PROTO", "FRAME"], ignore),
-        **dict.fromkeys(["BININT", "BININT1", "BININT2"], push),
-        **dict.fromkeys(["BINSTRING", "SHORT_BINSTRING"], push),  # text and bytes of Python 2
-        **dict.fromkeys(["BINBYTES", "SHORT_BINBYTES", "BINUNICODE", "SHORT_BINUNICODE"], push),
-        "NONE": lambda self, _: self.push(None),
-        "NEWTRUE": lambda self, _: self.push(True),
-        "NEWFALSE": lambda self, _: self.push(False),
-        "EMPTY_LIST": lambda self, _: self.push([]),
-        "EMPTY_DICT": lambda self, _: self.push({}),
-        "MARK": mark,
-        "APPEND": append,
-        "APPENDS": appends,
-        "SETITEM": set_item,
-        "SETITEMS": set_items,
-        "TUPLE": make_tuple,
-        "TUPLE1": lambda self, _: self.make_small_tuple(1),
-        "TUPLE2": lambda self, _: self.make_small_tuple(2),
-        "TUPLE3": lambda self, _: self.make_small_tuple(3),
-        **dict.fromkeys(["BINPUT", "LONG_BINPUT", "MEMOIZE"], put),
-        **dict.fromkeys(["BINGET", "LONG_BINGET"], get),
-        "GLOBAL": name,
-        "STACK_GLOBAL": name_from_stack,
-        "REDUCE": reduce,
-        "BUILD": build,
-    }
+
+def read_nothing(_: BinaryIO) -> None:
+    """The argument of an opcode that has none."""
+
+
+def read_name(stream: BinaryIO) -> str:
+    """The argument of GLOBAL: a module and a name, a line each."""
+    return " ".join(stream.readline().removesuffix(b"\n").decode("latin-1") for _ in range(2))
+
+
+Action = Callable[[PickleMachine, Any], None]
+ACTIONS: dict[str, Action] = {
+    **dict.fromkeys(["PROTO", "FRAME"], PickleMachine.ignore),
+    **dict.fromkeys(["BINSTRING", "SHORT_BINSTRING"], PickleMachine.push),  # as in Python 2
+    **dict.fromkeys(["BINBYTES", "SHORT_BINBYTES"], PickleMachine.push),
+    **dict.fromkeys(["BINUNICODE", "SHORT_BINUNICODE"], PickleMachine.push),
+    **dict.fromkeys(["BININT", "BININT1", "BININT2"], PickleMachine.push),
+    "NONE": lambda machine, _: machine.push(None),
+    "NEWTRUE": lambda machine, _: machine.push(True),
+    "NEWFALSE": lambda machine, _: machine.push(False),
+    "EMPTY_LIST": lambda machine, _: machine.push([]),
+    "EMPTY_DICT": lambda machine, _: machine.push({}),
+    "MARK": PickleMachine.mark,
+    "APPEND": PickleMachine.append,
+    "APPENDS": PickleMachine.appends,
+    "SETITEM": PickleMachine.set_item,
+    "SETITEMS": PickleMachine.set_items,
+    "TUPLE": PickleMachine.make_tuple,
+    "TUPLE1": lambda machine, _: machine.make_small_tuple(1),
+    "TUPLE2": lambda machine, _: machine.make_small_tuple(2),
+    "TUPLE3": lambda machine, _: machine.make_small_tuple(3),
+    **dict.fromkeys(["BINPUT", "LONG_BINPUT", "MEMOIZE"], PickleMachine.put),
+    **dict.fromkeys(["BINGET", "LONG_BINGET"], PickleMachine.get),
+    "GLOBAL": PickleMachine.name,
+    "STACK_GLOBAL": PickleMachine.name_from_stack,
+    "REDUCE": PickleMachine.reduce,
+    "BUILD": PickleMachine.build,
+}
+READERS: dict[str, Callable[[BinaryIO], Any]] = {
+    **{opcode.name: opcode.arg.reader for opcode in pickletools.opcodes if opcode.arg},
+    "GLOBAL": read_name,
+}
+OPCODES = {
+    opcode.code.encode("latin-1"): (READERS.get(opcode.name, read_nothing), ACTIONS[opcode.name])
+    for opcode in pickletools.opcodes
+    if opcode.name in ACTIONS
+}
 
 
 def read_pickle(data: bytes) -> dict[str, Any]:

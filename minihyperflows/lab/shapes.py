@@ -124,7 +124,7 @@ def coverage(distance: Floats) -> Floats:
 class Draws:
     """A table of uniform numbers in [0, 1), one row an image, read column by column."""
 
-    COLUMNS = 31  # how many numbers draw_images reads for an image
+    COLUMNS = 29  # how many numbers draw_images reads for an image
 
     def __init__(self, bits: NDArray[np.uint64]) -> None:
         self._columns = iter((bits >> np.uint64(40)).T.astype(np.float32) * np.float32(2.0**-24))

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from minihyperflows.engine.graph import Function, no_grad
-from minihyperflows.engine.tensor import Tensor, apply
 from minihyperflows.testing.compare import as_array, relative_error
+from minihyperflows.testing.problem import Problem, copy_of, is_float, keep_away
 
 Array = np.ndarray
 EPSILON = float(np.finfo(np.float64).eps)
@@ -21,7 +16,6 @@ EPSILON = float(np.finfo(np.float64).eps)
 # EPSILON / h (rounding): together smallest near the cube root of EPSILON, 6e-6.
 STEP = EPSILON ** (1 / 3)
 COMPLEX_STEP = 1e-20  # nothing is subtracted there, so it can be as small as one likes
-KINK_MARGIN = 1e-2  # how far `away_from` moves inputs: much more than STEP
 ROUND_OFF = 100 * EPSILON  # relative rounding error that a computation may have gathered
 
 
@@ -45,8 +39,13 @@ def numerical_gradient(
 
     Returns:
         An array of x's shape.
+
+    Raises:
+        TypeError: x holds integers.
     """
-    problem = Problem.of_tensors(f, [_copy(a) for a in arrays])
+    problem = Problem.of_tensors(f, [copy_of(a) for a in arrays])
+    if not is_float(problem.inputs[wrt]):
+        raise TypeError(f"{problem.names[wrt]} holds integers, which cannot move by a small step")
     y = problem.evaluate(problem.inputs)
     c = np.ones_like(y) if cotangent is None else as_array(cotangent)
     return _element_by_element(problem, wrt, c, step)
@@ -93,7 +92,7 @@ def check_grad(
     Raises:
         AssertionError: names the input, what was expected and found, and the likely mistake.
     """
-    inputs = [_copy(a) if away_from is None else keep_away(_copy(a), away_from) for a in arrays]
+    inputs = [copy_of(a) if away_from is None else keep_away(copy_of(a), away_from) for a in arrays]
     problem = Problem.of_tensors(f, inputs)
     check_problem(problem, np.random.default_rng(rng), directions, per_element, rtol, step)
 
@@ -123,14 +122,14 @@ def check_complex_step(
         AssertionError: says which of the three equations fails.
     """
     rng = np.random.default_rng(rng)
-    problem = Problem.of_tensors(f, [_copy(a) for a in arrays])
+    problem = Problem.of_tensors(f, [copy_of(a) for a in arrays])
     c = rng.standard_normal(problem.evaluate(problem.inputs).shape)
     u, v = problem.direction(rng), problem.direction(rng)
     gradient = problem.gradients(problem.inputs, c)
 
     y = problem.evaluate(problem.moved(v, 1j * COMPLEX_STEP))
     if y.dtype.kind != "c":
-        raise AssertionError(f"complex inputs give {y.dtype}: the imaginary part is lost on the way")
+        raise AssertionError(f"complex inputs give {y.dtype}: the imaginary part is lost")
     forward = (c * y.imag).sum() / COMPLEX_STEP
     noise = ROUND_OFF * _norm(c * y.real)
     _compare(_inner(gradient, v), forward, rtol, noise, _norm(*_products(gradient, v)), FORWARD)
@@ -150,96 +149,7 @@ SYMMETRY = "the imaginary part of the backward pass, H v, is not symmetric: <u, 
 SECOND = "the imaginary part of the backward pass, H v, is not the change of the gradient along v"
 
 
-# -- the problem -----------------------------------------------------------------------------------
-
-
-@dataclass
-class Problem:
-    """A function of arrays and what is claimed to be its gradient.
-
-    Attributes:
-        inputs: the arrays to differentiate at.
-        names: of the inputs, for messages.
-        evaluate: the function, of a list like ``inputs``.
-        gradients: (inputs, cotangent) -> one array (or None) for each input.
-    """
-
-    inputs: list[Array]
-    names: list[str]
-    evaluate: Callable[[list[Array]], Array]
-    gradients: Callable[[list[Array], Array], list[Array | None]]
-
-    @staticmethod
-    def of_tensors(f: Any, inputs: list[Array]) -> Problem:
-        """``f`` (see :func:`check_grad`) and its gradient by ``Tensor.backward``."""
-        function = as_function(f)
-
-        def evaluate(arrays: list[Array]) -> Array:
-            with no_grad():
-                return function(*map(Tensor, arrays)).data
-
-        def gradients(arrays: list[Array], cotangent: Array) -> list[Array | None]:
-            leaves = [Tensor(a.copy(), requires_grad=is_float(a)) for a in arrays]
-            output = function(*leaves)
-            if not output.requires_grad:
-                raise AssertionError(
-                    "the output depends on no input: the graph is cut, for example by .data, "
-                    ".numpy(), .detach() or no_grad"
-                )
-            output.backward(cotangent)
-            return [leaf.grad for leaf in leaves]
-
-        names = [f"input {i} of shape {a.shape}" for i, a in enumerate(inputs)]
-        return Problem(inputs, names, evaluate, gradients)
-
-    def direction(self, rng: np.random.Generator) -> list[Array]:
-        """A random direction for each input; zero for constants."""
-        return [rng.standard_normal(a.shape) * is_float(a) for a in self.inputs]
-
-    def moved(self, direction: list[Array], step: complex) -> list[Array]:
-        """inputs + step direction."""
-        pairs = zip(self.inputs, direction, strict=True)
-        return [x + step * v if is_float(x) else x for x, v in pairs]
-
-    def along(self, i: int, direction: Array) -> list[Array]:
-        """``direction`` for input ``i``, zero for the others."""
-        return [direction if k == i else np.zeros(a.shape) for k, a in enumerate(self.inputs)]
-
-    def step_for(self, i: int, step: float) -> float:
-        """``step``, relative to input ``i`` where that is larger than 1."""
-        return step * max(1.0, float(abs(self.inputs[i]).max(initial=0.0)))
-
-
-def as_function(f: Any) -> Callable[..., Tensor]:
-    """A function of tensors from one, or from a Function: its class, an instance or a factory."""
-    if isinstance(f, Function):
-        return lambda *inputs: apply(copy.copy(f), *inputs)
-    if isinstance(f, type) or not inspect.signature(f).parameters:
-        return lambda *inputs: apply(f(), *inputs)
-    return f
-
-
-def is_float(array: Array) -> bool:
-    """True for real and complex numbers, False for integers, which count as constants."""
-    return array.dtype.kind in "fc"
-
-
-def keep_away(array: Array, kink: float) -> Array:
-    """``array`` with the numbers closer than KINK_MARGIN to ``kink`` moved to that distance."""
-    if not is_float(array):
-        return array
-    distance = array - kink
-    far = np.maximum(abs(distance), KINK_MARGIN)
-    return kink + np.where(distance < 0, -far, far)
-
-
-def _copy(value: Any) -> Array:
-    """A copy of ``value`` to compute with: float64, or as it is if it holds integers."""
-    array = np.array(as_array(value))
-    return array.astype(np.float64) if array.dtype.kind == "f" else array
-
-
-# -- the comparison --------------------------------------------------------------------------------
+# -- the comparison ------------------------------------------------------------------------------
 
 
 def check_problem(
