@@ -96,14 +96,18 @@ class BatchNorm(Function):
         self.z = z
         return (z * scale + shift).reshape(x.shape)
 
-    def backward(self, c: Array) -> tuple[Array, Array, Array]:
+    def backward(self, c: Array) -> tuple[Array | None, ...]:
         rows = c.reshape(self.z.shape)  # (M, C)
         shift_gradient = channel_sum(rows)
         scale_gradient = channel_sum(rows * self.z)
-        x_gradient = rows - self.z * (scale_gradient / self.count)
-        x_gradient -= shift_gradient / self.count
-        x_gradient = x_gradient * (self.scale * self.inverse_std)
-        return x_gradient.reshape(c.shape), scale_gradient, shift_gradient
+        x_gradient = None
+        if self.needs[0]:
+            x_gradient = rows - self.z * (scale_gradient / self.count)
+            x_gradient -= shift_gradient / self.count
+            x_gradient = x_gradient * (self.scale * self.inverse_std)
+            x_gradient = x_gradient.reshape(c.shape)
+        gradients = (x_gradient, scale_gradient, shift_gradient)
+        return tuple(g if n else None for g, n in zip(gradients, self.needs, strict=True))
 
 
 def channel_sum(rows: Array) -> Array:

@@ -286,7 +286,7 @@ class Max(Reduction):
             raise ShapeError(f"Max: shape {x.shape} has nothing to choose from over axes {axes}")
         y = x.real.max(axis=axes, keepdims=True)
         self.at_maximum = x.real == y
-        self.ties = self.at_maximum.sum(axis=axes, keepdims=True)
+        self.ties = self.at_maximum.sum(axis=axes, keepdims=True, dtype=y.dtype)
         if x.dtype.kind == "c":  # ordered by the real part; the imaginary part is the ties' mean
             y = xp_of(x).where(self.at_maximum, x, 0).sum(axis=axes, keepdims=True) / self.ties
         return y if self.keepdims else y.squeeze(axes)

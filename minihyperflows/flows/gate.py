@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from minihyperflows.engine.backend import Array
+from minihyperflows.engine.backend import Array, xp_of
 from minihyperflows.engine.graph import Function
 from minihyperflows.engine.tensor import Tensor, apply
 from minihyperflows.nn import Module, Parameter, Weighted
@@ -76,6 +76,11 @@ class WeightGate:
         return apply(GatedWeight(), weight, self.presence)
 
 
+def count_present(t: Array) -> int:
+    """How many of the weights behind ``t`` are in use."""
+    return int(xp_of(t).count_nonzero(is_present(t)))
+
+
 # -- networks ------------------------------------------------------------------------------------
 
 
@@ -139,7 +144,7 @@ def to_dense(net: Module) -> None:
 def counts(net: Module) -> dict[str, tuple[int, int]]:
     """(present weights, all weights) of every gated layer, by layer name."""
     return {
-        name: (int(is_present(layer.presence.data).sum()), layer.weight.size)
+        name: (count_present(layer.presence.data), layer.weight.size)
         for name, layer in gated_layers(net).items()
     }
 

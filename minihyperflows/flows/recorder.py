@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from minihyperflows.engine.backend import Array
-from minihyperflows.flows.gate import gated_layers, is_present
+from minihyperflows.engine.backend import Array, xp_of
+from minihyperflows.flows.gate import count_present, gated_layers, is_present
 from minihyperflows.nn import Module
 
 
@@ -60,7 +60,7 @@ class FlowRecorder:
         self._layers = {
             name: _Layer(is_present(layer.presence.data)) for name, layer in self._gated.items()
         }
-        self._present = sum(int(totals.mask.sum()) for totals in self._layers.values())
+        self._present = sum(count_present(layer.presence.data) for layer in self._gated.values())
 
     def observe_flux(self, gamma: float = 0.0, floor: float | None = None) -> None:
         """Read the flux out of the presence gradients of the last backward pass.
@@ -85,10 +85,10 @@ class FlowRecorder:
         """Count the weights whose presence the last step changed."""
         for name, layer in self._gated.items():
             totals, mask = self._layers[name], is_present(layer.presence.data)
-            changed = mask ^ totals.mask
-            flips = int(changed.sum())
+            xp, changed = xp_of(mask), mask ^ totals.mask
+            flips = int(xp.count_nonzero(changed))
             if flips:
-                regrowths = int((changed & mask).sum())
+                regrowths = int(xp.count_nonzero(changed & mask))
                 totals.flips += flips
                 totals.regrowths += regrowths
                 self._present += 2 * regrowths - flips

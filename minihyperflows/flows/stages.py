@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from minihyperflows.engine.backend import Array, xp_of
-from minihyperflows.flows.gate import is_present, presences
+from minihyperflows.flows.gate import count_present, is_present, presences
 from minihyperflows.nn import Module
 
 DENSE, PRUNING, REGROWTH = STAGES = ("dense", "pruning", "regrowth")
@@ -65,7 +65,7 @@ def land(net: Module, target_density: float) -> int:
     """
     parameters = [p.data for p in presences(net).values()]
     keep = kept_weights(target_density, sum(t.size for t in parameters))
-    change = keep - sum(int(is_present(t).sum()) for t in parameters)
+    change = keep - sum(count_present(t) for t in parameters)
     if change:
         _move_threshold(parameters, change)
     return change

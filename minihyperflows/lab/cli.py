@@ -14,6 +14,7 @@ from minihyperflows.lab.checkpoint import load_checkpoint, write_atomically
 from minihyperflows.lab.data import NAMES
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import RECIPES, Recipe, find
+from minihyperflows.lab.records import collect
 from minihyperflows.lab.runs import RunFolder, run, versions
 
 DEFAULT_RECIPE = "lenet300-digits"
@@ -54,6 +55,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     export.add_argument("out", type=Path, help="the .safetensors file to write")
     export.set_defaults(command=export_weights)
+    collect_runs = commands.add_parser("collect", help="gather finished runs in one CSV file")
+    collect_runs.add_argument("folders", type=Path, nargs="+", help="folders of finished runs")
+    collect_runs.add_argument("--out", type=Path, required=True, metavar="FILE")
+    collect_runs.set_defaults(command=collect_records)
     return parser
 
 
@@ -171,6 +176,11 @@ def print_info(_: argparse.Namespace) -> None:
     gpu = "available" if minihyperflows.cuda_available() else "not available"
     print(f"{'GPU (CuPy)':<16}{gpu}")
     print(f"{'data sets':<16}{', '.join(NAMES)}")
+
+
+def collect_records(options: argparse.Namespace) -> None:
+    """``collect``: one row per run, with its provenance."""
+    print(f"{options.out}: {collect(options.folders, options.out)} runs")
 
 
 def export_weights(options: argparse.Namespace) -> None:

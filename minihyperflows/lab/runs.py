@@ -15,6 +15,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from minihyperflows.lab.checkpoint import (
 )
 from minihyperflows.lab.data import Dataset, load
 from minihyperflows.lab.errors import UserError
-from minihyperflows.lab.recipes import Recipe, find
+from minihyperflows.lab.recipes import RECIPES, Recipe, find
 from minihyperflows.lab.train import METRICS, EpochRecord, Trainer, build_network
 from minihyperflows.nn.counting import flops, sparse_flops
 
@@ -296,9 +297,22 @@ def summarise(
         "flops_dense": sum(dense.values()),
         "flops_sparse": sum(sparse_flops(dense, density).values()),
         "seconds": math.fsum(r.seconds for r in records),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command_for(trainer.recipe, seed, device),
         "versions": versions(),
         "commit": commit(),
     }
+
+
+def command_for(recipe: Recipe, seed: int, device: str) -> str:
+    """The command line that repeats a run (give --data-dir where the data set needs one)."""
+    known = RECIPES.get(recipe.name)
+    if known is None or known.with_target(recipe.target_sparsity) != recipe:
+        return f"lab.run(recipe, out, device={device!r}, seed={seed}) with the recipe of this file"
+    return (
+        f"minihyperflows prune {recipe.name} --target-sparsity {recipe.target_sparsity:g} "
+        f"--device {device} --seed {seed}"
+    )
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,72 @@
+"""Records of many runs in one tidy table: what ``chapters/results`` is made of."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from minihyperflows.lab.checkpoint import read_json, write_atomically
+from minihyperflows.lab.errors import UserError
+
+RESULTS = (
+    "target_sparsity",
+    "sparsity",
+    "sparsity_before_regrowth",
+    "dense_accuracy",
+    "accuracy_before_regrowth",
+    "test_accuracy",
+    "weights",
+    "remaining",
+    "flops_dense",
+    "flops_sparse",
+    "landed_by",
+    "seconds",
+)
+PROVENANCE = ("device", "dtype", "date", "commit", "command")
+
+
+def collect(folders: Sequence[Path], out: Path) -> int:
+    """Write a row for every finished run in ``folders`` to the CSV file ``out``.
+
+    A row has the results and where they come from: recipe, data set, seed, device, dtype, date,
+    commit, versions, and the command that repeats the run. Returns the number of rows.
+
+    Raises:
+        UserError: a folder holds no finished run.
+    """
+    rows = [_row(folder) for folder in folders]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(out, text.getvalue().encode("utf-8"))
+    return len(rows)
+
+
+def _row(folder: Path) -> dict[str, Any]:
+    summary_file = folder / "summary.json"
+    if not summary_file.exists():
+        raise UserError(f"{folder} holds no finished run (it has no summary.json)")
+    summary = read_json(summary_file)
+    recipe = summary["recipe"]
+    head = {"recipe": recipe["name"], "dataset": recipe["dataset"], "seed": summary["seed"]}
+    body = {name: summary[name] for name in (*RESULTS, *PROVENANCE)}
+    return head | body | summary["versions"]
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The rows of a table written by :func:`collect`, numbers as numbers."""
+    with open(path, encoding="utf-8", newline="") as file:
+        return [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
