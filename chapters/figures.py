@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.text import Text
 
 BLUE, RED, GREEN, AMBER, PURPLE, GREY = (
-    "#1f5fa8",
-    "#d1495b",
-    "#2a9d6f",
-    "#e09f3e",
-    "#7b5ea7",
-    "#6c757d",
+    *("#1f5fa8", "#d1495b", "#2a9d6f"),
+    *("#e09f3e", "#7b5ea7", "#6c757d"),
 )
+BEND = 0.12  # how far an arrow bulges, as a fraction of its length
 
 
 def draw_graph(
@@ -27,70 +26,59 @@ def draw_graph(
     Args:
         nodes: name -> (column, row, formula, value).
         edges: (from, to, factor), where the factor is what the cotangent is multiplied with on its
-            way back from ``to`` to ``from``; "" draws no factor.
+            way back from ``to`` to ``from``; "" draws none.
         cotangents: name -> text in red below the node; left out, only the forward pass is drawn.
     """
-    for start, end, factor in edges:
-        a, b = nodes[start][:2], nodes[end][:2]
-        _arrow(ax, a, b, BLUE, bend=0.13 if cotangents else 0.0)
-        if cotangents:
-            _arrow(ax, b, a, RED, bend=0.13)
-            _factor(ax, a, b, factor)
-    for name, (x, y, formula, value) in nodes.items():
-        text = f"{formula}\n{value}" if value else formula
-        box = {"boxstyle": "round,pad=0.45", "fc": "white", "ec": BLUE, "lw": 1.2}
-        ax.text(x, y, text, ha="center", va="center", fontsize=10, bbox=box, zorder=3)
-        if cotangents and name in cotangents:
-            lines = text.count("\n") + 1
-            ax.annotate(
-                cotangents[name],
-                (x, y),
-                xytext=(0, -10 - 8.5 * lines),
-                textcoords="offset points",
-                ha="center",
-                va="top",
-                fontsize=10,
-                color=RED,
-                zorder=4,
-            )
+    targets = {end for _, end, _ in edges}
+    boxes = {name: _box(ax, *node, leaf=name not in targets) for name, node in nodes.items()}
     _frame(ax, [node[:2] for node in nodes.values()])
+    ax.figure.draw_without_rendering()  # from here on the boxes know their sizes
+    for start, end, factor in edges:
+        _arrow(ax, boxes[start], boxes[end], BLUE)
+        if cotangents:
+            _arrow(ax, boxes[end], boxes[start], RED)
+            _factor(ax, boxes[start], boxes[end], factor)
+    for name, text in (cotangents or {}).items():
+        _below(ax, boxes[name], text)
 
 
-def _arrow(
-    ax: Axes, a: tuple[float, float], b: tuple[float, float], color: str, bend: float
-) -> None:
-    style = {
-        "arrowstyle": "-|>",
-        "color": color,
-        "lw": 1.4,
-        "shrinkA": 24,
-        "shrinkB": 24,
-        "connectionstyle": f"arc3,rad={-bend}",
-    }
-    ax.annotate("", xy=b, xytext=a, arrowprops=style, zorder=2)
+def _box(ax: Axes, x: float, y: float, formula: str, value: str, leaf: bool) -> Text:
+    style = {"boxstyle": "round,pad=0.45", "fc": "#eef3f9" if leaf else "white", "ec": BLUE}
+    text = f"{formula}\n{value}" if value else formula
+    return ax.text(x, y, text, ha="center", va="center", fontsize=10, bbox=style, zorder=3)
 
 
-def _factor(ax: Axes, a: tuple[float, float], b: tuple[float, float], factor: str) -> None:
-    """``factor`` beside the middle of the red arrow from b to a, on its outer side."""
-    (x0, y0), (x1, y1) = ax.transData.transform(a), ax.transData.transform(b)
-    del x0, y0, x1, y1
-    middle = ((a[0] + b[0]) / 2, (a[1] + b[1]) / 2)
+def _arrow(ax: Axes, start: Text, end: Text, color: str) -> None:
+    style = {"arrowstyle": "-|>", "color": color, "lw": 1.4, "shrinkA": 3, "shrinkB": 3}
+    patches = {"patchA": start.get_bbox_patch(), "patchB": end.get_bbox_patch()}
     ax.annotate(
-        factor,
-        middle,
-        xytext=(0, -14),
-        textcoords="offset points",
-        ha="center",
-        va="top",
-        fontsize=9,
-        color=RED,
-        bbox={"fc": "white", "ec": "none", "pad": 0.8},
-        zorder=2.5,
+        "",
+        xy=end.get_position(),
+        xytext=start.get_position(),
+        arrowprops=style | patches | {"connectionstyle": f"arc3,rad={-BEND}"},
+        zorder=2,
     )
+
+
+def _factor(ax: Axes, start: Text, end: Text, factor: str) -> None:
+    """``factor`` beside the middle of the red arrow from ``end`` to ``start``."""
+    a, b = (ax.transData.transform(t.get_position()) for t in (start, end))
+    along = (b - a) / np.hypot(*(b - a))
+    right = np.array([along[1], -along[0]])  # the side on which the red arrow bulges
+    pixels = right * (BEND / 2 * np.hypot(*(b - a)) + 9 * ax.figure.dpi / 72)
+    x, y = ax.transData.inverted().transform((a + b) / 2 + pixels)
+    ax.text(x, y, factor, ha="center", va="center", fontsize=9, color=RED, zorder=2.5)
+
+
+def _below(ax: Axes, box: Text, text: str) -> None:
+    bottom = box.get_bbox_patch().get_window_extent().y0
+    y = ax.transData.inverted().transform((0, bottom))[1]
+    offset = {"xytext": (0, -4), "textcoords": "offset points", "ha": "center", "va": "top"}
+    ax.annotate(text, (box.get_position()[0], y), fontsize=10, color=RED, zorder=4, **offset)
 
 
 def _frame(ax: Axes, places: list[tuple[float, float]]) -> None:
     columns, rows = zip(*places, strict=True)
-    ax.set_xlim(min(columns) - 0.6, max(columns) + 0.6)
-    ax.set_ylim(min(rows) - 0.75, max(rows) + 0.5)
+    ax.set_xlim(min(columns) - 0.4, max(columns) + 0.5)
+    ax.set_ylim(min(rows) - 0.6, max(rows) + 0.35)
     ax.axis("off")

@@ -35,7 +35,7 @@ except ModuleNotFoundError as error:
     print(f'error: there is no {error.name}; run: pip install -e ".[data]"', file=sys.stderr)
     raise SystemExit(2) from error
 
-CHUNK_BYTES = 2**16
+CHUNK_BYTES = 2**15
 TIMEOUTS = (10, 60)  # seconds without a connection, seconds without a byte
 ATTEMPTS = 5  # at one mirror, as long as each brings the download further
 
@@ -175,6 +175,9 @@ class ResumingDownloader:
         if self.received < self.file.size:
             try:
                 self.request(url, self.received)
+            except requests.exceptions.ChunkedEncodingError as error:
+                so_far = f"broke off after {self.received} of {self.file.size} bytes"
+                raise BrokenDownloadError(so_far) from error
             except requests.RequestException as error:
                 raise BrokenDownloadError(describe(error)) from error
         if self.received != self.file.size:

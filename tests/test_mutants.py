@@ -588,12 +588,8 @@ class SchedulerUpsideDown(flows.PressureScheduler):
 
 
 class SchedulerWithoutFloor(flows.PressureScheduler):
-    def _lower(self) -> None:
-        self.base -= self.step
-
-    @property
-    def gamma(self) -> float:
-        return self.base
+    def update(self, epoch: int, density: float) -> float:
+        return super().update(epoch, density) - 0.01
 
 
 class SchedulerThatMisses(flows.PressureScheduler):
@@ -607,13 +603,16 @@ class SchedulerThatClimbs(flows.PressureScheduler):
 
 
 class SchedulerThatForgets(flows.PressureScheduler):
-    def state_dict(self) -> dict[str, float]:
-        return super().state_dict() | {"inertia_up": 0.0, "inertia_down": 0.0}
+    def state_dict(self) -> dict[str, int]:
+        return super().state_dict() | {"inertia_up": 0, "inertia_down": 0}
 
 
 class SchedulerThatNeverRelents(flows.PressureScheduler):
-    def _lower(self) -> None:
-        pass
+    highest = 0.0
+
+    def update(self, epoch: int, density: float) -> float:
+        self.highest = max(self.highest, super().update(epoch, density))
+        return self.highest
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,8 @@ def _differences(found: np.ndarray, expected: np.ndarray, wrong: np.ndarray, rto
 
 
 def relative_error(found: Any, expected: Any) -> float:
-    """|found - expected| / max(|found|, |expected|); 0 if both are 0."""
+    """|found - expected| / max(|found|, |expected|); 0 if both are 0, NaN if one is not finite."""
     larger = max(abs(found), abs(expected))
+    if not np.isfinite(larger):
+        return float("nan")
     return float(abs(found - expected) / larger) if larger else 0.0

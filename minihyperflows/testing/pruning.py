@@ -124,7 +124,7 @@ def _check_steering(scheduler: Any, epochs: int) -> None:
     scheduler, half = copy.deepcopy(scheduler), epochs // 2
     gammas = [0.0]
     for epoch in range(1, half + 1):
-        gammas.append(scheduler.update(epoch, 1.0))
+        gammas.append(_update(scheduler, epoch, 1.0))
         if gammas[-1] < gammas[-2]:
             raise AssertionError(
                 f"after epoch {epoch} the network is denser than expected, but gamma falls from "
@@ -133,7 +133,7 @@ def _check_steering(scheduler: Any, epochs: int) -> None:
     if half and scheduler.expected(half) < 1 and not gammas[-1] > 0:
         raise AssertionError(f"after {half} epochs without any pruning gamma is still 0")
     for epoch in range(half + 1, epochs):
-        gammas.append(scheduler.update(epoch, 0.0))
+        gammas.append(_update(scheduler, epoch, 0.0))
         if gammas[-1] > gammas[-2]:
             raise AssertionError(
                 f"after epoch {epoch} the network is sparser than expected, but gamma rises from "
@@ -147,10 +147,14 @@ def _check_robustness(scheduler: Any, epochs: int, rng: np.random.Generator) -> 
     for _ in range(5):
         trial = copy.deepcopy(scheduler)
         for epoch in range(1, 2 * epochs + 1):
-            density = float(rng.choice([0.0, 1.0, rng.uniform(), trial.expected(epoch)]))
-            gamma = trial.update(epoch, density)
-            if not 0 <= gamma < np.inf:
-                raise AssertionError(f"update({epoch}, {density}) returns gamma = {gamma}")
+            _update(trial, epoch, float(rng.choice([0, 1, rng.uniform(), trial.expected(epoch)])))
+
+
+def _update(scheduler: Any, epoch: int, density: float) -> float:
+    gamma = scheduler.update(epoch, density)
+    if not 0 <= gamma < np.inf:
+        raise AssertionError(f"update({epoch}, {density}) returns gamma = {gamma}")
+    return gamma
 
 
 def _check_continuing(scheduler: Any, epochs: int, rng: np.random.Generator) -> None:

@@ -1,0 +1,46 @@
+"""What the convolutional networks share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from minihyperflows.nn import init
+from minihyperflows.nn.layers import Conv2d
+
+
+def scale_channels(channels: int, width: float) -> int:
+    """``channels`` times ``width``, rounded, at least 1."""
+    if not width > 0:
+        raise ValueError(f"width must be positive, not {width}")
+    return max(1, round(channels * width))
+
+
+def conv(
+    in_channels: int,
+    out_channels: int,
+    size: int,
+    stride: int = 1,
+    groups: int = 1,
+    *,
+    rng: np.random.Generator,
+    dtype: Any,
+) -> Conv2d:
+    """A convolution that keeps the size of the map (at stride 1), without a bias.
+
+    The initial weights are He et al.'s (bound sqrt(6 / fan_in)), as in the authors' CIFAR scripts.
+    """
+    layer = Conv2d(
+        in_channels,
+        out_channels,
+        size,
+        stride,
+        size // 2,
+        groups,
+        bias=False,
+        rng=rng,
+        dtype=dtype,
+    )
+    layer.weight.data = init.kaiming_uniform(layer.weight.shape, rng, dtype)
+    return layer

@@ -1,0 +1,80 @@
+"""VGG with batch norm, for 32 x 32 images (Simonyan & Zisserman 2015; CIFAR form)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from minihyperflows import functional as F
+from minihyperflows.engine.tensor import Tensor
+from minihyperflows.nn.layers import (
+    AvgPool2d,
+    BatchNorm2d,
+    Linear,
+    MaxPool2d,
+    ReLU,
+    Sequential,
+)
+from minihyperflows.nn.models.blocks import conv, scale_channels
+from minihyperflows.nn.module import Module
+
+# Output channels of the 3x3 convolutions; "M" halves the map.
+VGG13 = (64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512)
+VGG19 = (64, 64, "M", 128, 128, "M", *[256] * 4, "M", *[512] * 4, "M", *[512] * 4)
+
+
+class VGG(Module):
+    """Convolutions of 3x3, each with batch norm and ReLU; the last map is averaged, one linear layer.
+
+    The layers' names are torchvision's (``features.0.weight``, ...), where convolutions have a
+    bias; here batch norm takes its place. Maps of 32, 16, 8, 4 and 2 pixels; the fifth pooling of
+    the original is a 2x2 average.
+    """
+
+    def __init__(
+        self,
+        plan: tuple[int | str, ...],
+        num_classes: int,
+        width: float,
+        rng: np.random.Generator,
+        dtype: Any,
+    ) -> None:
+        layers: list[Module] = []
+        channels = 3
+        for item in plan:
+            if isinstance(item, str):
+                layers.append(MaxPool2d(2))
+                continue
+            out = scale_channels(item, width)
+            layers.append(conv(channels, out, 3, rng=rng, dtype=dtype))
+            layers += [BatchNorm2d(out, dtype=dtype), ReLU()]
+            channels = out
+        self.features = Sequential(*layers)
+        self.pool = AvgPool2d(2)
+        self.classifier = Linear(channels, num_classes, rng=rng, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(F.flatten(self.pool(self.features(x))))
+
+
+def vgg13(
+    num_classes: int = 10,
+    width: float = 1.0,
+    *,
+    rng: np.random.Generator,
+    dtype: Any = np.float32,
+) -> VGG:
+    """VGG-13 for 32 x 32 images. ``width`` scales the channels of every layer."""
+    return VGG(VGG13, num_classes, width, rng, dtype)
+
+
+def vgg19(
+    num_classes: int = 10,
+    width: float = 1.0,
+    *,
+    rng: np.random.Generator,
+    dtype: Any = np.float32,
+) -> VGG:
+    """VGG-19 for 32 x 32 images: 20,024,000 weights that pruning can gate (ten classes)."""
+    return VGG(VGG19, num_classes, width, rng, dtype)
