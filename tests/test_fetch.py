@@ -109,12 +109,17 @@ class Mirror(http.server.BaseHTTPRequestHandler):
         self.send(self.content[7:], 7)
 
 
+class Mirrors(http.server.ThreadingHTTPServer):
+    def handle_error(self, *_: Any) -> None:
+        """A client that hangs up on a bad mirror is what the tests are about."""
+
+
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of the mirrors."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(Mirror, "requests", [])
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Mirror) as mirrors:
+    with Mirrors(("127.0.0.1", 0), Mirror) as mirrors:
         thread = threading.Thread(target=mirrors.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{mirrors.server_port}"

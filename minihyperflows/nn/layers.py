@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -11,6 +11,10 @@ from minihyperflows import functional as F
 from minihyperflows.engine.tensor import Tensor
 from minihyperflows.nn import init
 from minihyperflows.nn.module import Buffer, Module, Parameter
+
+
+# shape, generator, dtype -> initial values
+WeightInit: TypeAlias = Callable[[tuple[int, ...], np.random.Generator, Any], np.ndarray]
 
 
 class Weighted(Module):
@@ -36,8 +40,9 @@ class Weighted(Module):
         rng: np.random.Generator,
         dtype: Any,
         torch_axes: tuple[int, ...] | None = None,
+        weight_init: WeightInit = init.lecun_uniform,
     ) -> None:
-        self.weight = Parameter(init.lecun_uniform(shape, rng, dtype), torch_axes)
+        self.weight = Parameter(weight_init(shape, rng, dtype), torch_axes)
         bound = 1 / float(np.sqrt(init.fan_in(shape)))
         self.bias = Parameter(init.uniform(shape[:1], bound, rng, dtype)) if bias else None
 
@@ -73,6 +78,7 @@ class Conv2d(Weighted):
         groups: int = 1,
         bias: bool = True,
         *,
+        weight_init: WeightInit = init.lecun_uniform,
         rng: np.random.Generator,
         dtype: Any = np.float32,
     ) -> None:
@@ -83,7 +89,8 @@ class Conv2d(Weighted):
             )
         rows, columns = (size, size) if isinstance(size, int) else size
         shape = (out_channels, rows, columns, in_channels // groups)
-        self._set_parameters(shape, bias, rng, dtype, torch_axes=(0, 3, 1, 2))  # OHWI -> OIHW
+        to_oihw = (0, 3, 1, 2)
+        self._set_parameters(shape, bias, rng, dtype, to_oihw, weight_init)
         self.stride, self.padding, self.groups = stride, padding, groups
 
     def forward(self, x: Tensor) -> Tensor:

@@ -81,18 +81,24 @@ class _Run:
     ) -> None:
         self.function = factory()
         self.function.needs = needs or tuple(is_float(a) for a in arrays)
-        self.arrays, self.name = arrays, self.function.name
-        self.before = [a.copy() for a in arrays]
+        self.arrays, self.before = arrays, [a.copy() for a in arrays]
         self.output = self.function.forward(*arrays)
-        _require_same(arrays, self.before, f"{self.name}.forward writes into its inputs")
+        self.require_same(arrays, self.before, "forward writes into its inputs")
 
     def backward(self, cotangent: Array) -> tuple[Any, ...]:
         """The gradients: for each input an array or None."""
-        cotangent_before = cotangent.copy()
+        before = cotangent.copy()
         answer = self.function.backward(cotangent)
-        _require_same(self.arrays, self.before, f"{self.name}.backward writes into the inputs")
-        _require_same([cotangent], [cotangent_before], f"{self.name}.backward writes into its cotangent")
+        self.require_same(self.arrays, self.before, "backward writes into the inputs")
+        self.require_same([cotangent], [before], "backward writes into its cotangent")
         return answer if isinstance(answer, tuple) else (answer,)
+
+    def require_same(self, arrays: list[Array], before: list[Array], message: str) -> None:
+        pairs = zip(arrays, before, strict=True)
+        if not all(np.array_equal(a, b, equal_nan=is_float(a)) for a, b in pairs):
+            raise AssertionError(
+                f"{self.function.name}.{message}: other functions may hold the same array"
+            )
 
 
 def _draw(spec: Any, rng: np.random.Generator, away_from: float | None) -> Array:
@@ -169,11 +175,6 @@ def _check_memory_order(
         if g is not None:
             what = f"{name}'s gradient of input {i} from a cotangent in another memory order"
             assert_close(g, e, what=what)
-
-
-def _require_same(arrays: list[Array], before: list[Array], message: str) -> None:
-    if not all(np.array_equal(a, b, equal_nan=True) for a, b in zip(arrays, before, strict=True)):
-        raise AssertionError(f"{message}: other functions may hold the same array")
 
 
 def _check_sharing(

@@ -31,7 +31,7 @@ def conv(
 
     The initial weights are He et al.'s (bound sqrt(6 / fan_in)), as in the authors' CIFAR scripts.
     """
-    layer = Conv2d(
+    return Conv2d(
         in_channels,
         out_channels,
         size,
@@ -39,8 +39,7 @@ def conv(
         size // 2,
         groups,
         bias=False,
+        weight_init=init.kaiming_uniform,
         rng=rng,
         dtype=dtype,
     )
-    layer.weight.data = init.kaiming_uniform(layer.weight.shape, rng, dtype)
-    return layer

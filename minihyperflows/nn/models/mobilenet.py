@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from minihyperflows import functional as F
 from minihyperflows.engine.tensor import Tensor
 from minihyperflows.nn.layers import BatchNorm2d, Linear, ReLU, Sequential
 from minihyperflows.nn.models.blocks import conv, scale_channels

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -19,13 +19,15 @@ from minihyperflows.nn.layers import (
 from minihyperflows.nn.models.blocks import conv, scale_channels
 from minihyperflows.nn.module import Module
 
+Plan: TypeAlias = tuple[int | str, ...]
+
 # Output channels of the 3x3 convolutions; "M" halves the map.
-VGG13 = (64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512)
-VGG19 = (64, 64, "M", 128, 128, "M", *[256] * 4, "M", *[512] * 4, "M", *[512] * 4)
+VGG13: Plan = (64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512)
+VGG19: Plan = (64, 64, "M", 128, 128, "M", *[256] * 4, "M", *[512] * 4, "M", *[512] * 4)
 
 
 class VGG(Module):
-    """Convolutions of 3x3, each with batch norm and ReLU; the last map is averaged, one linear layer.
+    """3x3 convolutions, each with batch norm and ReLU; an average of the last map; a linear layer.
 
     The layers' names are torchvision's (``features.0.weight``, ...), where convolutions have a
     bias; here batch norm takes its place. Maps of 32, 16, 8, 4 and 2 pixels; the fifth pooling of
@@ -34,7 +36,7 @@ class VGG(Module):
 
     def __init__(
         self,
-        plan: tuple[int | str, ...],
+        plan: Plan,
         num_classes: int,
         width: float,
         rng: np.random.Generator,
