@@ -25,7 +25,8 @@ def execute(path: Path) -> None:
     """Run the notebook at ``path`` and write it back. An error leaves the file as it was."""
     notebook = nbformat.read(path, as_version=4)
     where = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(notebook, CELL_TIMEOUT, kernel_name="python3", resources=where).execute()
+    client = NotebookClient(notebook, timeout=CELL_TIMEOUT, kernel_name="python3", resources=where)
+    client.execute()
     strip(notebook)
     describe_figures(notebook)
     nbformat.validate(notebook)

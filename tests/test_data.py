@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from minihyperflows.lab import data as lab_data
-from minihyperflows.lab import formats, shapes
+from minihyperflows.lab import pickles, shapes
 from minihyperflows.lab.data import CIFAR, Dataset, load, make_shapes32, normalise
 from minihyperflows.lab.errors import UserError
 
@@ -717,5 +717,5 @@ def damaged(whole: bytes, rng: np.random.Generator) -> bytes:
 
 def test_no_opcode_that_calls_is_admitted() -> None:
     calling = {"INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID"}
-    assert not calling & set(formats.ACTIONS)
-    assert len(formats.OPCODES) == len(formats.ACTIONS)  # each is an opcode of pickle's
+    assert not calling & set(pickles.ACTIONS)
+    assert len(pickles.OPCODES) == len(pickles.ACTIONS)  # each is an opcode of pickle's

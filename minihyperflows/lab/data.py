@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from minihyperflows.lab import formats, shapes
-from minihyperflows.lab.errors import UserError
+from minihyperflows.lab.errors import FormatError, UserError
 
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int64]
@@ -161,7 +161,7 @@ def blaming(path: Path, name: str, root: Path) -> Iterator[None]:
     """Turns what goes wrong with the file at `path` into a UserError that names it."""
     try:
         yield
-    except formats.FormatError as error:
+    except FormatError as error:
         again = f"delete it and run: {fetch_command(name, root)}"
         raise UserError(f"{path} {error}; {again}") from error
     except FileNotFoundError as error:

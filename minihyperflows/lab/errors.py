@@ -11,3 +11,7 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.splitlines()))
+
+
+class FormatError(ValueError):
+    """What is wrong inside a file, worded so that the file's name can stand before it."""

@@ -12,7 +12,6 @@ from minihyperflows.engine.tensor import Tensor
 from minihyperflows.nn import init
 from minihyperflows.nn.module import Buffer, Module, Parameter
 
-
 # shape, generator, dtype -> initial values
 WeightInit: TypeAlias = Callable[[tuple[int, ...], np.random.Generator, Any], np.ndarray]
 
