@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, ClassVar
 
 from minihyperflows.lab.errors import FormatError
 
-MAX_OPCODES = 1_000_000  # in one pickle; the largest published one holds about 300,000
+MAX_OPCODES = 1_000_000  # in one pickle; a published one has four or five for each image
 MAX_KEY_LENGTH = 100  # of a dictionary's key; the longest published one has 19 letters
 
 
