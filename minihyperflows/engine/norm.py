@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from minihyperflows.engine.backend import Array, xp_of
@@ -111,11 +112,20 @@ class BatchNorm(Function):
 
 
 def channel_sum(rows: Array) -> Array:
-    """The sum of each column of (M, C), as the product of a row of ones with the matrix.
+    """The sum of each column of (M, C), in two stages of about sqrt(M) additions each.
 
-    In float32 it is both faster and several times more accurate than ``rows.sum(axis=0)``, which
-    adds up the rows one after another.
+    A row of ones times a matrix sums its columns, faster than ``rows.sum(axis=0)``. Adding M numbers
+    one after another loses about M times the round-off of one addition; two stages lose
+    2 sqrt(M) times. Batch norm needs that: an error in a channel's mean moves all its values.
     """
+    per_sum = math.isqrt(len(rows))
+    whole = per_sum * (len(rows) // per_sum)
+    blocks = rows[:whole].reshape(-1, per_sum * rows.shape[1])  # (M / per_sum, per_sum C)
+    partial = _column_sum(blocks).reshape(per_sum, rows.shape[1])
+    return _column_sum(partial) + _column_sum(rows[whole:])
+
+
+def _column_sum(rows: Array) -> Array:
     return xp_of(rows).ones(len(rows), dtype=rows.dtype) @ rows
 
 
