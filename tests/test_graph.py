@@ -213,7 +213,7 @@ def test_no_grad_records_nothing() -> None:
         assert not is_recording()
         z = x * 3
     assert is_recording()
-    assert not (y.requires_grad or z.requires_grad or y.creator or z.creator)
+    assert not any(t.requires_grad or t.creator for t in (y, z))
     assert (x * 2).requires_grad
 
 

@@ -133,8 +133,9 @@ def test_parameters_are_changed_in_place() -> None:
 @pytest.mark.parametrize("optimizer_class", [optim.SGD, optim.Adam])
 def test_parameters_in_unusual_memory(optimizer_class: type, rng: np.random.Generator) -> None:
     start, gradient = rng.standard_normal((2, 4, 6))
-    results = []
-    for array in (start.copy(), np.asfortranarray(start), np.broadcast_to(start, (4, 6))):
+    results, holes = [], np.zeros((4, 6, 2))
+    holes[..., 0] = start
+    for array in (start.copy(), np.asfortranarray(start), holes[..., 0]):
         p = nn.Parameter(array)
         p.grad = np.asfortranarray(gradient)
         optimizer = optimizer_class([p], lr=0.1)
