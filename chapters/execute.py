@@ -10,6 +10,7 @@ gives every figure the caption below it as its alternative text.
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def execute(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     where = {"metadata": {"path": str(path.parent)}}
     client = NotebookClient(notebook, timeout=CELL_TIMEOUT, kernel_name="python3", resources=where)
-    client.execute()
+    client.execute(stderr=subprocess.DEVNULL)
     strip(notebook)
     describe_figures(notebook)
     nbformat.validate(notebook)

@@ -45,7 +45,7 @@ def draw_graph(
 def _box(ax: Axes, x: float, y: float, formula: str, value: str, leaf: bool) -> Text:
     style = {"boxstyle": "round,pad=0.45", "fc": "#eef3f9" if leaf else "white", "ec": BLUE}
     text = f"{formula}\n{value}" if value else formula
-    return ax.text(x, y, text, ha="center", va="center", fontsize=10, bbox=style, zorder=3)
+    return ax.text(x, y, text, ha="center", va="center", fontsize=10, bbox=style, zorder=2)
 
 
 def _arrow(ax: Axes, start: Text, end: Text, color: str) -> None:
@@ -56,7 +56,7 @@ def _arrow(ax: Axes, start: Text, end: Text, color: str) -> None:
         xy=end.get_position(),
         xytext=start.get_position(),
         arrowprops=style | patches | {"connectionstyle": f"arc3,rad={-BEND}"},
-        zorder=2,
+        zorder=3,  # above the boxes, which know where they are only once they are drawn
     )
 
 
@@ -67,7 +67,7 @@ def _factor(ax: Axes, start: Text, end: Text, factor: str) -> None:
     right = np.array([along[1], -along[0]])  # the side on which the red arrow bulges
     pixels = right * (BEND / 2 * np.hypot(*(b - a)) + 9 * ax.figure.dpi / 72)
     x, y = ax.transData.inverted().transform((a + b) / 2 + pixels)
-    ax.text(x, y, factor, ha="center", va="center", fontsize=9, color=RED, zorder=2.5)
+    ax.text(x, y, factor, ha="center", va="center", fontsize=9, color=RED, zorder=4)
 
 
 def _below(ax: Axes, box: Text, text: str) -> None:
@@ -80,5 +80,5 @@ def _below(ax: Axes, box: Text, text: str) -> None:
 def _frame(ax: Axes, places: list[tuple[float, float]]) -> None:
     columns, rows = zip(*places, strict=True)
     ax.set_xlim(min(columns) - 0.4, max(columns) + 0.5)
-    ax.set_ylim(min(rows) - 0.6, max(rows) + 0.35)
+    ax.set_ylim(min(rows) - 0.5, max(rows) + 0.3)
     ax.axis("off")

@@ -254,7 +254,7 @@ def test_misuse(rng: np.random.Generator) -> None:
     with pytest.raises(ValueError, match="init must be"):
         flows.attach(net, init=(0.5, float("nan")), rng=rng)
     assert flows.presences(net) == {}
-    with pytest.raises(ValueError, match="no gates: attach them first with flows.attach"):
+    with pytest.raises(ValueError, match=r"attach them first with flows\.attach"):
         flows.density(net)
     flows.attach(net, rng=rng)
     with pytest.raises(ValueError, match=r"attached already: flows\.detach\(net\) removes them"):

@@ -242,7 +242,7 @@ def test_misuse(make: Any, error: type[Exception], message: str) -> None:
     [*(("SGD", options) for options in SGD), *(("Adam", options) for options in ADAM)],
     ids=str,
 )
-def test_pytorch_does_the_same(name: str, options: dict[str, Any], rng: np.random.Generator) -> None:
+def test_pytorch_agrees(name: str, options: dict[str, Any], rng: np.random.Generator) -> None:
     torch = pytest.importorskip("torch")
     starts = [rng.standard_normal(5), rng.standard_normal((3, 2))]
     mine = [nn.Parameter(a.copy()) for a in starts]

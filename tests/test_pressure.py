@@ -87,7 +87,7 @@ def test_only_needed_shares_are_handed_out(rng: np.random.Generator) -> None:
 
 
 def test_a_net_without_gates_has_no_pressure(rng: np.random.Generator) -> None:
-    with pytest.raises(ValueError, match="no gates: attach them first with flows.attach"):
+    with pytest.raises(ValueError, match=r"attach them first with flows\.attach"):
         flows.pressure(models.lenet300(4, rng=rng))
 
 
@@ -95,29 +95,29 @@ def test_a_net_without_gates_has_no_pressure(rng: np.random.Generator) -> None:
 
 
 def test_sgd_drift_without_flux() -> None:
-    """rem(n) = clip(1 - (displacement - a) / 1.5 a, 0, 1) for t uniform on [a, 2.5 a].
+    """rem = clip(1 - (displacement - a) / 1.5 a, 0, 1) for t uniform on [a, 2.5 a] after n steps.
 
     displacement = lr gamma/N (n - mu (1 - mu^n) / (1 - mu)) / (1 - mu), close to
-    n lr gamma/N / (1 - mu) for many steps.
+    n lr gamma/N / (1 - mu) for many steps. The authors' ResNet-18 run at gamma = 2^-4, with a
+    pressure of gamma 3.75e-6 on each weight, had 75.04 % left after 117,300 steps. Here the
+    pressure is a hundred times as large and the steps are a hundredth.
     """
     net = nn.Linear(100, 30, rng=np.random.default_rng(0), dtype=np.float64)
-    a, lr, mu, n = 2e-4, 1e-3, 0.9, 1000
-    flows.attach(net, init=(a, 2.5 * a), rng=np.random.default_rng(1))
-    size = net.weight.size
+    flows.attach(net, rng=np.random.default_rng(1))
+    a, lr, mu, size = 2e-4, 1e-3, 0.9, net.weight.size
     net.presence.data = np.linspace(a, 2.5 * a, size).reshape(net.weight.shape)
-    gamma = size * 2.75e-8 / 1e-3 * 1e-3 / lr  # the published run: 75 % after n = 117,300
-    gamma *= 117.3 * 0.1 / 1.173  # ... in a hundredth of the steps
+    start, share = net.presence.data.copy(), 100 * 2**-4 * 3.75e-6
     optimizer = optim.SGD(flows.presences(net).values(), lr=lr, momentum=mu)
-    start = net.presence.data.copy()
-    for step in range(1, n + 1):
+    for step in range(1, 1174):
         optimizer.zero_grad()
-        (gamma * flows.pressure(net)).backward()
+        (share * size * flows.pressure(net)).backward()
         optimizer.step()
-        if step % 250 == 0:
-            moved = lr * gamma / size / (1 - mu) * (step - mu * (1 - mu**step) / (1 - mu))
+        if step % 100 == 0:
+            moved = lr * share * (step - mu * (1 - mu**step) / (1 - mu)) / (1 - mu)
             np.testing.assert_allclose(start - net.presence.data, moved, rtol=1e-9)
             expected = np.clip(1 - (moved - a) / (1.5 * a), 0, 1)
             assert abs(flows.density(net) - expected) <= 1 / size
+    assert abs(flows.density(net) - 0.7504) < 0.01  # momentum lags by 9 steps: 0.7 points
 
 
 @pytest.mark.parametrize("ratio", [1e-2, 1.0, 30.0, 1e4])

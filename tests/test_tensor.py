@@ -81,7 +81,7 @@ OPERATORS = [operator.add, operator.sub, operator.mul, operator.truediv]
 
 
 @pytest.mark.parametrize("op", OPERATORS)
-@pytest.mark.parametrize("constant", [2, 2.5, True, np.float32(2.5), np.arange(1.0, 4.0), [1, 2, 3]])
+@pytest.mark.parametrize("constant", [2, 2.5, True, np.float32(2.5), np.arange(1.0, 4), [1, 2, 3]])
 def test_constants_on_either_side(op: Callable, constant: Any) -> None:
     x = mh.Tensor(np.array([[1.0, 2.0, 4.0]]), requires_grad=True)
     np.testing.assert_array_equal(op(x, constant).data, op(x.data, np.asarray(constant)))

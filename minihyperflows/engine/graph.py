@@ -12,13 +12,10 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from minihyperflows.engine.backend import Array, xp_of
 from minihyperflows.engine.errors import GraphError, ShapeError
-
-if TYPE_CHECKING:
-    from minihyperflows.engine.tensor import Tensor
 
 _recording: ContextVar[bool] = ContextVar("recording", default=True)
 
@@ -169,6 +166,13 @@ def input_gradients(function: Function, cotangent: Array) -> list[Array | None]:
     return wanted
 
 
+class Leaf(Protocol):
+    """What the backward pass knows of a tensor that a user made: its array and its gradient."""
+
+    data: Array
+    grad: Array | None
+
+
 class LeafGradients:
     """Adds gradients to leaves such that every leaf owns the memory of its ``grad``.
 
@@ -180,7 +184,7 @@ class LeafGradients:
         self._kept = [cotangent]  # references, so that no id is reused while this object lives
         self._ids = {id(cotangent)}
 
-    def add(self, leaf: Tensor, gradient: Array) -> None:
+    def add(self, leaf: Leaf, gradient: Array) -> None:
         gradient = _as_array(gradient, leaf.data.dtype)
         if leaf.grad is not None:
             leaf.grad = leaf.grad + gradient

@@ -3,7 +3,7 @@
 The only floor that reads files, prints, and knows data sets by name.
 """
 
-from minihyperflows.lab.data import Dataset, load, normalise
+from minihyperflows.lab.data import Dataset, load, make_shapes32, normalise
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import RECIPES, Recipe
 from minihyperflows.lab.runs import run
@@ -19,6 +19,7 @@ __all__ = [
     "build_network",
     "evaluate",
     "load",
+    "make_shapes32",
     "normalise",
     "run",
     "train",

@@ -1,0 +1,49 @@
+"""Weights and floating-point operations against the published counts."""
+
+import numpy as np
+import pytest
+
+from minihyperflows import flows, models
+from minihyperflows.nn.counting import flops, sparse_flops
+
+IMAGE = {"lenet300": (28, 28, 1)}
+
+# name, classes, weights that pruning gates, batch-norm scales and shifts, FLOPs of one image
+COUNTS = [
+    ("lenet300", 10, 266_200, 0, 531_990),
+    ("vgg19", 10, 20_024_000, 11_008, 795_969_526),
+    ("vgg19", 100, 20_070_080, 11_008, None),
+    ("resnet50", 10, 23_467_712, 53_120, 2_592_227_318),
+    ("resnet50", 100, 23_652_032, 53_120, None),
+]
+
+
+@pytest.mark.parametrize(("name", "classes", "weights", "affine", "operations"), COUNTS)
+def test_counts_are_the_published_ones(name, classes, weights, affine, operations):
+    rng = np.random.default_rng(0)
+    net = getattr(models, name)(num_classes=classes, rng=rng)
+    flows.attach(net, rng=rng)
+    assert sum(t.size for t in flows.presences(net).values()) == weights
+    biases = classes + (400 if name == "lenet300" else 0)
+    assert sum(p.size for p in net.parameters()) == weights + affine + biases
+    if operations is not None:
+        assert sum(flops(net, IMAGE.get(name, (32, 32, 3))).values()) == operations
+
+
+def test_flops_by_layer_by_hand():
+    """K multiplications and K - 1 additions for each output."""
+    net = models.lenet300(in_features=4, num_classes=3, rng=np.random.default_rng(0))
+    expected = {"fc1": 300 * 7, "fc2": 100 * 599, "fc3": 3 * 199}
+    assert flops(net, (2, 2, 1)) == expected
+    assert net.training  # as it was
+
+
+def test_sparse_flops_round_down_layer_by_layer():
+    assert sparse_flops({"a": 10, "b": 7}, {"a": 0.25}) == {"a": 2, "b": 7}
+
+
+def test_grouped_convolutions_count_their_own_channels_only():
+    net = models.mobilenet_v1(width=0.25, rng=np.random.default_rng(0))
+    per_layer = flops(net, (32, 32, 3))
+    assert per_layer["features.0.0"] == 32 * 32 * 8 * (2 * 27 - 1)
+    assert per_layer["features.1.0.0"] == 32 * 32 * 8 * (2 * 9 - 1)  # depthwise: 9 weights each

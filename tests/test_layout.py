@@ -1,0 +1,245 @@
+"""The shape of the package: what may import what, and what nothing below ``lab`` may do."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import minihyperflows as mh
+
+PACKAGE = Path(mh.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# A module imports from its own folder and from lower floors; flows and related do not know each
+# other, and lab and testing do not either.
+FLOORS = {"engine": 0, "functional": 1, "nn": 2, "flows": 3, "related": 3, "testing": 4, "lab": 4}
+TOP = 5  # __init__.py and __main__.py of the package itself
+
+# Modules with which one talks to the world, and the functions that do it without any.
+WORLD = {
+    *("os", "sys", "io", "pathlib", "shutil", "tempfile", "subprocess", "socket", "urllib"),
+    *("requests", "pooch", "pickle", "logging", "tqdm", "matplotlib", "safetensors", "time"),
+}
+TALKING = {"print", "open", "input", "exec", "eval", "breakpoint"}
+STATELESS = {"Generator", "default_rng", "SeedSequence", "PCG64", "BitGenerator"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in FILES}
+every_module = pytest.mark.parametrize("name", MODULES)
+
+
+def tree(name: str) -> ast.Module:
+    return ast.parse(MODULES[name].read_text(encoding="utf-8"))
+
+
+def floor(name: str) -> int:
+    parts = name.split(".")
+    return FLOORS[parts[1]] if len(parts) > 1 and parts[1] != "__main__" else TOP
+
+
+def below_lab() -> list[str]:
+    return [name for name in MODULES if floor(name) < TOP and not name.startswith(f"{mh.__name__}.lab")]
+
+
+def runtime_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those under ``if TYPE_CHECKING:``."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            continue
+        yield child
+        yield from runtime_nodes(child)
+
+
+def imports(name: str) -> Iterator[str]:
+    """The full names of all modules that ``name`` imports at run time."""
+    for node in runtime_nodes(tree(name)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: relative import on line {node.lineno}"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in MODULES else str(node.module)
+
+
+# -- imports ---------------------------------------------------------------------------------------
+
+
+def test_every_part_of_the_package_has_a_floor() -> None:
+    parts = {name.split(".")[1] for name in MODULES if "." in name} - {"__main__"}
+    assert parts == set(FLOORS)
+
+
+@every_module
+def test_imports_go_down(name: str) -> None:
+    for imported in imports(name):
+        if imported.startswith(mh.__name__):
+            same_part = name.split(".")[1:2] == imported.split(".")[1:2]
+            assert same_part or floor(imported) < floor(name), f"{name} imports {imported}"
+
+
+def test_there_are_no_circles() -> None:
+    graph = {name: {i for i in imports(name) if i in MODULES} for name in MODULES}
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError
+    assert order[-1].count(".") <= 1
+
+
+@every_module
+def test_imports_are_explicit_and_at_the_top(name: str) -> None:
+    module = tree(name)
+    for node in ast.walk(module):
+        if isinstance(node, ast.ImportFrom):
+            assert [alias.name for alias in node.names] != ["*"], f"{name}: star import"
+    if name in below_lab():
+        inside = [
+            node.lineno
+            for function in ast.walk(module)
+            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+            for node in ast.walk(function)
+            if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        assert not inside, f"{name}: imports inside functions on lines {inside}"
+
+
+@every_module
+def test_cupy_is_named_in_the_backend_alone(name: str) -> None:
+    if name == "minihyperflows.engine.backend":
+        return
+    assert not [i for i in imports(name) if i.partition(".")[0] in {"cupy", "cupyx"}]
+    if name in below_lab():
+        constants = [n.value for n in ast.walk(tree(name)) if isinstance(n, ast.Constant)]
+        assert "cupy" not in constants, f"{name} asks for cupy by name"
+
+
+def test_importing_the_package_loads_neither_cupy_nor_torch() -> None:
+    code = "import sys, minihyperflows; print({'cupy', 'torch', 'sklearn'} & set(sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert result.stdout.strip() == "set()"
+    assert result.stderr == ""
+
+
+# -- behaviour -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", below_lab())
+def test_nothing_below_lab_talks_to_the_world(name: str) -> None:
+    imported = {i.partition(".")[0] for i in imports(name)}
+    assert not imported & WORLD, f"{name} imports {imported & WORLD}"
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in TALKING, f"{name}, line {node.lineno}: {node.func.id}"
+
+
+@every_module
+def test_randomness_is_handed_in(name: str) -> None:
+    assert "random" not in set(imports(name))
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in {"np.random", "xp.random"}:
+            where = f"{name}, line {node.lineno}: np.random.{node.attr}"
+            assert node.attr in STATELESS, where
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("default_rng"):
+            assert node.args, f"{name}, line {node.lineno}: a generator without a seed"
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if ".engine." in n])
+def test_operations_name_no_dtype(name: str) -> None:
+    """Any dtype flows through any operation."""
+    floats = {"float16", "float32", "float64", "double", "single", "complex64", "complex128"}
+    for node in ast.walk(tree(name)):
+        assert not (isinstance(node, ast.Attribute) and node.attr in floats), (
+            f"{name}, line {node.lineno}: {ast.unparse(node)}"
+        )
+
+
+# -- documentation ---------------------------------------------------------------------------------
+
+
+def public_definitions(name: str) -> Iterator[ast.FunctionDef | ast.ClassDef]:
+    for node in tree(name).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            yield node
+
+
+@every_module
+def test_public_names_are_documented(name: str) -> None:
+    for node in public_definitions(name):
+        assert ast.get_docstring(node), f"{name}.{node.name} has no docstring"
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n in MODULES and MODULES[n].stat().st_size])
+def test_modules_are_documented(name: str) -> None:
+    assert ast.get_docstring(tree(name)), f"{name} has no docstring"
+
+
+@every_module
+def test_signatures_are_annotated(name: str) -> None:
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.FunctionDef):
+            where = f"{name}, line {node.lineno}: {node.name}"
+            assert node.returns is not None, f"{where} has no return type"
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            arguments += [a for a in (node.args.vararg, node.args.kwarg) if a]
+            for argument in arguments:
+                if argument.arg not in {"self", "cls"}:
+                    assert argument.annotation is not None, f"{where}({argument.arg})"
+
+
+def test_every_operation_states_its_gradient() -> None:
+    """The docstring of a Function gives the formula of its derivative."""
+    functions = [
+        (name, node)
+        for name in below_lab()
+        for node in public_definitions(name)
+        if isinstance(node, ast.ClassDef)
+        and {"forward", "backward"} <= {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
+        and node.name not in {"Function", "Elementwise"}
+    ]
+    assert len(functions) > 20
+    for name, node in functions:
+        assert "dL/d" in (ast.get_docstring(node) or ""), f"{name}.{node.name}"
+
+
+def test_the_public_contract() -> None:
+    """Names that chapters, graders and other people's code rely on."""
+    from minihyperflows import flows, functional, models, nn, optim, testing
+
+    names = {
+        mh: ["Tensor", "no_grad", "cuda_available", "Function", "apply"],
+        functional: [
+            *("linear", "conv2d", "max_pool2d", "avg_pool2d", "relu", "tanh", "sigmoid"),
+            *("softmax", "log_softmax", "batch_norm", "cross_entropy"),
+        ],
+        nn: ["Module", "Parameter", "Buffer", "Linear", "Conv2d", "BatchNorm2d", "Sequential"],
+        models: ["lenet300"],
+        optim: ["SGD", "Adam"],
+        flows: [
+            *("attach", "presences", "gate", "pressure", "density", "layer_density", "to_dense"),
+            *("PressureScheduler", "FlowRecorder", "fit_power_law"),
+        ],
+        testing: testing.__all__,
+    }
+    for module, wanted in names.items():
+        missing = [name for name in wanted if not hasattr(module, name)]
+        assert not missing, f"{module.__name__} lost {missing}"
+    parameters = inspect.signature(optim.SGD).parameters
+    assert list(parameters) == ["params", "lr", "momentum", "weight_decay", "nesterov"]
+    assert list(inspect.signature(optim.Adam).parameters) == [
+        *("params", "lr", "betas", "eps", "weight_decay")
+    ]
+    assert list(inspect.signature(functional.conv2d).parameters) == [
+        *("x", "weight", "bias", "stride", "padding", "groups")
+    ]
