@@ -644,7 +644,7 @@ def test_assert_close_objects(mine: Any, package: Any, message: str) -> None:
 
 def test_numerical_gradient(rng: np.random.Generator) -> None:
     x, w = rng.standard_normal((3, 2)), rng.standard_normal((2, 2))
-    gradient = testing.numerical_gradient(lambda x, w: (x @ w), x, w, wrt=1, cotangent=np.eye(3, 2))
+    gradient = testing.numerical_gradient(lambda x, w: x @ w, x, w, wrt=1, cotangent=np.eye(3, 2))
     np.testing.assert_allclose(gradient, x.T @ np.eye(3, 2), rtol=1e-8, atol=1e-9)
     with pytest.raises(TypeError, match="integers"):
         testing.numerical_gradient(lambda x: x.sum(), [1, 2])

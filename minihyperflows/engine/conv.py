@@ -182,7 +182,9 @@ def im2col(x: Array, kernel: tuple[int, int], stride: tuple[int, int], groups: i
     """
     view = windows(x, kernel, stride)  # (N, H', W', kH, kW, C)
     n, rows, columns, kh, kw, c = view.shape
-    view = view.reshape(n, rows, columns, kh, kw, groups, c // groups).transpose(5, 0, 1, 2, 3, 4, 6)
+    view = view.reshape(n, rows, columns, kh, kw, groups, c // groups).transpose(
+        5, 0, 1, 2, 3, 4, 6
+    )
     return view.reshape(groups, n * rows * columns, kh * kw * c // groups)
 
 

@@ -75,7 +75,7 @@ class Tensor:
 
     @property
     def device(self) -> str:
-        """"cpu" or "cuda"."""
+        """Where the data lies: "cpu" or "cuda"."""
         return device_of(self.data)
 
     def numpy(self) -> np.ndarray:

@@ -39,6 +39,10 @@ def density_trajectory(target_density: float, epochs: int, aggressivity: float =
         factors = survival_factors(floor, epochs, aggressivity, ceiling)
         return np.exp(np.concatenate(([0.0], np.cumsum(np.log(factors)))))
 
+    steepest = trajectory(0.0)
+    if steepest[-1] > target_density:  # too few epochs for this shape: remove the rest evenly
+        evenly = (target_density / steepest[-1]) ** (1 / epochs)
+        return steepest * evenly ** np.arange(epochs + 1)
     low, high = 0.0, ceiling
     while high - low > 1e-13:
         middle = (low + high) / 2

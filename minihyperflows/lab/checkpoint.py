@@ -67,7 +67,7 @@ def read_json(path: Path) -> Any:
 def save_checkpoint(path: Path, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> None:
     """Arrays and JSON values in one safetensors file, written atomically."""
     metadata = {"format": FORMAT, "values": json.dumps(values)}
-    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     write_atomically(path, save(contiguous, metadata))
 
 

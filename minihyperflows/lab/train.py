@@ -148,7 +148,8 @@ class Trainer:
         gamma = self._gamma(stage)
         lr_weights, lr_presence = self._learning_rates(stage, k)
         expected = self._expected_density(stage, k)
-        loss = self._train_one_epoch(stage, k, gamma)
+        with np.errstate(over="ignore", invalid="ignore"):  # _backward reports what comes of it
+            loss = self._train_one_epoch(stage, k, gamma)
         self.epoch += 1
         accuracy = evaluate(self.net, self.data)
         layers = self.recorder.take() if self.recorder else {}

@@ -126,11 +126,15 @@ class BatchNorm2d(Module):
 
 
 class ReLU(Module):
+    """max(x, 0), element by element."""
+
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x)
 
 
 class MaxPool2d(Module):
+    """The largest value in each window; see :func:`functional.max_pool2d`."""
+
     def __init__(self, size: F.Pair, stride: F.Pair | None = None) -> None:
         self.size, self.stride = size, stride
 
@@ -139,6 +143,8 @@ class MaxPool2d(Module):
 
 
 class AvgPool2d(Module):
+    """The mean of each window; see :func:`functional.avg_pool2d`."""
+
     def __init__(self, size: F.Pair, stride: F.Pair | None = None) -> None:
         self.size, self.stride = size, stride
 

@@ -1,0 +1,207 @@
+"""Runs in folders: interrupted, continued, finished, refused."""
+
+import csv
+import dataclasses
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from minihyperflows import lab
+from minihyperflows.lab import checkpoint, runs
+
+RECIPE = lab.RECIPES["lenet300-digits"].scaled(0.05)  # 2 + 4 + 2 epochs
+
+
+def rows(folder):
+    """metrics.csv without the wall times."""
+    with open(folder / "metrics.csv", encoding="utf-8", newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An undisturbed run, and its summary."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    return folder, lab.run(RECIPE, folder, progress=False)
+
+
+def test_what_a_run_leaves(finished):
+    folder, summary = finished
+    left = {str(p.relative_to(folder)).replace(os.sep, "/") for p in folder.rglob("*.*")}
+    plots = {f"plots/{name}.png" for name in ("accuracy_density", "pressure", "flips", "layers")}
+    files = {"recipe.json", "metrics.csv", "layers.csv", "checkpoint.safetensors", "summary.json"}
+    assert left == files | plots
+    assert json.loads((folder / "summary.json").read_text(encoding="utf-8")) == summary
+    assert summary["weights"] == 50_200
+    assert summary["remaining"] == 2_510
+    assert summary["sparsity"] == pytest.approx(0.95)
+    assert summary["flops_dense"] == 300 * 127 + 100 * 599 + 10 * 199
+    assert summary["flops_sparse"] < 0.2 * summary["flops_dense"]
+    assert list(rows(folder)[0])[:4] == ["epoch", "stage", "gamma", "lr_weights"]
+    assert len(rows(folder)) == 8
+    for plot in (folder / "plots").iterdir():
+        assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_finished_run_is_not_repeated(finished, monkeypatch):
+    folder, summary = finished
+    monkeypatch.setattr(runs, "load", None)  # would be called by a real run
+    assert lab.run(RECIPE, folder, progress=False) == summary
+
+
+def test_killed_in_any_epoch_it_continues_bit_for_bit(finished, tmp_path, monkeypatch):
+    """After every epoch the process "dies" and another one goes on from the checkpoint."""
+    monkeypatch.setattr(runs, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+
+    class Killed(BaseException):
+        pass
+
+    real = runs.Trainer.run_epoch
+
+    def one_epoch_only(self):
+        if self.epoch > self.start:
+            raise Killed
+        return real(self)
+
+    def remember(self, *arguments):
+        load_state_dict(self, *arguments)
+        self.start = self.epoch
+
+    load_state_dict = runs.Trainer.load_state_dict
+    monkeypatch.setattr(runs.Trainer, "start", 0, raising=False)
+    monkeypatch.setattr(runs.Trainer, "run_epoch", one_epoch_only)
+    monkeypatch.setattr(runs.Trainer, "load_state_dict", remember)
+    deaths = 0
+    while not (tmp_path / "summary.json").exists():
+        try:
+            lab.run(RECIPE, tmp_path, progress=False)
+        except Killed:
+            deaths += 1
+    assert deaths == 7
+    assert rows(tmp_path) == rows(finished[0])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL on Windows")
+def test_kill_minus_nine_at_random_moments(finished, tmp_path):
+    """A real process, really killed; the same command then ends as the undisturbed run did."""
+    command = [sys.executable, "-m", "minihyperflows", "prune", "--epochs-scale", "0.05"]
+    command += ["--out", str(tmp_path / "run")]
+    moments = random.Random(5)
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": os.environ.get("OPENBLAS_NUM_THREADS", "1")}
+    for _ in range(4):
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+        )
+        time.sleep(moments.uniform(0.7, 2.5))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    assert rows(tmp_path / "run") == rows(finished[0])
+
+
+def test_another_experiment_in_the_folder_is_refused(finished):
+    folder, _ = finished
+    with pytest.raises(
+        lab.UserError, match=r"target_sparsity 0.95 there, target_sparsity 0.9 here"
+    ):
+        lab.run(RECIPE.with_target(0.9), folder, progress=False)
+    with pytest.raises(lab.UserError, match="seed 0 there, seed 1 here"):
+        lab.run(RECIPE, folder, seed=1, progress=False)
+
+
+def test_no_resume_starts_over(finished, tmp_path):
+    lab.run(RECIPE.with_target(0.9), tmp_path, progress=False)
+    summary = lab.run(RECIPE, tmp_path, resume=False, progress=False)
+    assert summary["target_sparsity"] == 0.95
+    assert rows(tmp_path) == rows(finished[0])
+
+
+def damaged(content):
+    yield b""
+    yield content[:100]
+    yield content[: len(content) // 2]
+    yield b"\xff" * 1000
+    yield b"PK\x03\x04 not a checkpoint"
+
+
+def test_a_damaged_checkpoint_is_one_clear_line(finished, tmp_path):
+    whole = (finished[0] / "checkpoint.safetensors").read_bytes()
+    for content in damaged(whole):
+        (tmp_path / "checkpoint.safetensors").write_bytes(content)
+        with pytest.raises(lab.UserError, match="cannot read the checkpoint") as error:
+            lab.run(RECIPE, tmp_path, progress=False)
+        assert "--no-resume" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_a_full_disk_costs_nothing_but_the_epoch(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    recorded = []
+    real = os.fsync
+
+    def full_after_three(descriptor):
+        recorded.append(descriptor)
+        if len(recorded) > 4:  # recipe.json and three checkpoints fit
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full_after_three)
+    with pytest.raises(
+        lab.UserError, match="No space left on device; the previous file is untouch"
+    ):
+        lab.run(RECIPE, tmp_path, progress=False)
+    assert not list(tmp_path.glob("*.partial"))
+    values = checkpoint.load_checkpoint(tmp_path / "checkpoint.safetensors")[1]
+    assert values["trainer"]["epoch"] == 3
+    monkeypatch.setattr(checkpoint.os, "fsync", real)
+    lab.run(RECIPE, tmp_path, progress=False)
+    assert rows(tmp_path) == rows(finished[0])
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    with pytest.raises(lab.UserError, match="cannot"):
+        lab.run(RECIPE, tmp_path / "file" / "run", progress=False)
+
+
+def test_a_diverged_run_names_the_last_good_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    wild = dataclasses.replace(RECIPE.pruning, lr=1e30)
+    with pytest.raises(lab.UserError, match=r"epoch 3, step \d+: the loss is") as error:
+        lab.run(dataclasses.replace(RECIPE, pruning=wild), tmp_path, progress=False)
+    assert "checkpoint.safetensors, after epoch 2" in str(error.value)
+
+
+def test_export_is_the_pruned_network(finished, tmp_path):
+    from safetensors.numpy import load_file
+
+    from minihyperflows.lab.cli import main
+
+    out = tmp_path / "weights.safetensors"
+    assert main(["export", str(finished[0]), str(out)]) == 0
+    weights = load_file(out)
+    data = lab.load("digits")
+    net = lab.build_network(RECIPE, data, np.random.default_rng(9))
+    net.load_state_dict(weights)
+    assert lab.evaluate(net, data) == finished[1]["test_accuracy"]
+    zeros = sum(int((w == 0).sum()) for k, w in weights.items() if k.endswith("weight"))
+    assert zeros == 50_200 - 2_510
+
+
+def test_records_of_runs_in_one_table(finished, tmp_path):
+    from minihyperflows.lab.records import collect, read_records
+
+    collect([finished[0]], tmp_path / "table.csv")
+    (row,) = read_records(tmp_path / "table.csv")
+    assert row["test_accuracy"] == finished[1]["test_accuracy"]
+    assert {"recipe", "dataset", "seed", "date", "commit", "command", "numpy"} <= set(row)
+    with pytest.raises(lab.UserError, match="no finished run"):
+        collect([tmp_path], tmp_path / "table.csv")

@@ -1,0 +1,130 @@
+"""The training loop: stages, switches, landing, determinism."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from minihyperflows import NonFiniteLossError, flows, lab
+from minihyperflows.lab.recipes import PresenceTraining, PressureSettings, Regrowth, WeightTraining
+from minihyperflows.lab.train import trainable
+
+TINY = lab.Recipe(
+    name="tiny",
+    model="lenet300",
+    dataset="digits",
+    batch_size=100,
+    target_sparsity=0.8,
+    dense=WeightTraining(epochs=1, lr=1e-3),
+    pruning=WeightTraining(epochs=8, lr=1e-3),
+    regrowth=Regrowth(epochs=4, lr=1e-3, end_lr=1e-6),
+    presence=PresenceTraining(lr=2e-2),
+)
+
+
+@pytest.fixture(scope="module")
+def data():
+    """A quarter of the digits."""
+    full = lab.load("digits")
+    changes = {"train_x": full.train_x[::4], "train_y": full.train_y[::4]}
+    return dataclasses.replace(full, **changes)
+
+
+def run(recipe, data, seed=0):
+    rng = np.random.default_rng(seed)
+    net = lab.build_network(recipe, data, rng)
+    return net, list(lab.train(net, data, recipe, rng=rng))
+
+
+def change(recipe, **parts):
+    """``recipe`` with fields of its parts replaced, part={field: value}."""
+    parts = {k: dataclasses.replace(getattr(recipe, k), **v) for k, v in parts.items()}
+    return dataclasses.replace(recipe, **parts)
+
+
+def test_one_record_per_epoch_and_nothing_printed(data, capsys):
+    net, records = run(TINY, data)
+    assert [r.epoch for r in records] == list(range(1, 14))
+    assert [r.stage for r in records] == ["dense"] + 8 * ["pruning"] + 4 * ["regrowth"]
+    assert capsys.readouterr() == ("", "")
+    assert records[0]["density"] == records[0].density == 1.0
+    assert records[1].gamma == 0.0  # nothing has been measured yet
+    assert all(r.gamma == 0 for r in records if r.stage != "pruning")
+    assert records[-1].density == flows.density(net)
+
+
+def test_a_seed_determines_everything(data):
+    def without_time(records):
+        return [dataclasses.replace(r, seconds=0.0) for r in records]
+
+    one, two, other = (without_time(run(TINY, data, seed)[1]) for seed in (3, 3, 4))
+    assert repr(one) == repr(two) != repr(other)
+
+
+@pytest.mark.parametrize("target", [0.6, 0.75, 0.9, 0.95, 0.98, 0.99])
+def test_it_lands_on_the_target(target, data):
+    """Within 0.2 points; in fact within one weight."""
+    net, records = run(TINY.with_target(target), data)
+    weights = sum(p.size for p in flows.presences(net).values())
+    assert abs(1 - records[-1].density - target) < 0.002
+    assert abs(1 - records[-1].density - target) <= 1 / weights
+
+
+def test_after_landing_the_topology_is_frozen(data):
+    _, records = run(TINY, data)
+    assert all(r.flips == 0 and r.lr_presence == 0 for r in records[-2:])
+    assert records[-1].density == records[-2].density
+
+
+def test_without_landing_regrowth_goes_its_own_way(data):
+    recipe = change(TINY, regrowth={"land": False, "lr_scale": 5.0})
+    _, records = run(recipe, data)
+    assert records[-1].density != pytest.approx(0.2, abs=1e-4)
+    assert records[-1].lr_presence > 0
+
+
+def test_the_switches_change_what_happens(data):
+    constant = change(TINY, pressure={"gamma": 7.0})
+    assert {r.gamma for r in run(constant, data)[1][1:9]} == {7.0}
+
+    authors = dataclasses.replace(TINY, authors_timeline=True)
+    assert [r.stage for r in run(authors, data)[1]].count("pruning") == 9
+
+    # A high pressure carries t without flux far below the floor, or just to it.
+    deep, shallow = (
+        run(change(TINY, pressure={"gamma": 500.0, "floor": floor}), data)[0]
+        for floor in (None, -0.1)
+    )
+    lowest = [min(p.data.min() for p in flows.presences(n).values()) for n in (deep, shallow)]
+    assert lowest[0] < -0.3 < lowest[1]
+
+    sgd = change(TINY, presence={"optimizer": "sgd", "lr": 50.0}, pressure={"gamma": 5.0})
+    assert run(sgd, data)[1][8].density < 1
+
+
+def test_batch_norm_scales_can_stay_frozen():
+    rng = np.random.default_rng(0)
+    recipe = lab.RECIPES["vgg19-cifar10"]
+    net = lab.train.__globals__["models"].vgg13(width=0.05, rng=rng)
+    everything = trainable(net, recipe)
+    frozen = trainable(net, dataclasses.replace(recipe, train_bn_scale=False))
+    assert len(everything) - len(frozen) == 10  # one scale for each of ten convolutions
+    assert everything == net.parameters()
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_place(data):
+    recipe = change(TINY, dense={"lr": 1e30})
+    with pytest.raises(NonFiniteLossError, match=r"epoch 1, step \d+: the loss is (nan|inf)"):
+        run(recipe, data)
+
+
+def test_pressure_settings_have_the_papers_defaults():
+    assert PressureSettings() == PressureSettings(0.2, 1.5, 6.0, None, None)
+
+
+def test_a_network_with_gates_is_refused(data):
+    rng = np.random.default_rng(0)
+    net = lab.build_network(TINY, data, rng)
+    flows.attach(net, rng=rng)
+    with pytest.raises(ValueError, match="gates already"):
+        next(lab.train(net, data, TINY, rng=rng))
