@@ -276,9 +276,14 @@ _LENET_MNIST = Recipe(
     target_sparsity=0.98,
     dense=WeightTraining(epochs=6, lr=1e-3, label_smoothing=0.05),
     pruning=WeightTraining(epochs=40, lr=1e-3, label_smoothing=0.1),
-    regrowth=Regrowth(epochs=20, lr=1e-3, end_lr=1e-6, lr_scale=0.1, lr_decay=0.95),
+    regrowth=Regrowth(epochs=20, lr=3e-4, end_lr=1e-6, lr_scale=0.1, lr_decay=0.95),
     pressure=PressureSettings(step=0.3),
-    deviations=_LENET_DEVIATIONS,
+    deviations=(
+        *_LENET_DEVIATIONS,
+        "6 + 40 + 20 epochs (the authors' 30 + 30 follow a checkpoint)",
+        "regrowth starts at learning rate 0.0003 (the authors' at 0.001, where the small network "
+        "overfits: 97.8 instead of 98.0 % on two seeds)",
+    ),
 )
 
 RECIPES: dict[str, Recipe] = {
