@@ -28,7 +28,7 @@ THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB
 
 
 def set_kernel_environment() -> None:
-    """What every kernel inherits: one thread unless told otherwise, and sets that print in order."""
+    """What every kernel inherits: one thread unless told otherwise, sets that print in order."""
     for name in THREADS:
         os.environ.setdefault(name, "1")
     os.environ["PYTHONHASHSEED"] = "0"

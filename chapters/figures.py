@@ -27,7 +27,7 @@ def draw_graph(
         nodes: name -> (column, row, formula, value).
         edges: (from, to, factor), where the factor is what the cotangent is multiplied with on its
             way back from ``to`` to ``from``; "" draws none.
-        cotangents: name -> text in red below the node; left out, only the forward pass is drawn.
+        cotangents: name -> text in red at the node; left out, only the forward pass is drawn.
     """
     targets = {end for _, end, _ in edges}
     boxes = {name: _box(ax, *node, leaf=name not in targets) for name, node in nodes.items()}
@@ -39,7 +39,7 @@ def draw_graph(
             _arrow(ax, boxes[end], boxes[start], RED)
             _factor(ax, boxes[start], boxes[end], factor)
     for name, text in (cotangents or {}).items():
-        _below(ax, boxes[name], text)
+        _beside(ax, boxes[name], text)
 
 
 def _box(ax: Axes, x: float, y: float, formula: str, value: str, leaf: bool) -> Text:
@@ -70,15 +70,19 @@ def _factor(ax: Axes, start: Text, end: Text, factor: str) -> None:
     ax.text(x, y, factor, ha="center", va="center", fontsize=9, color=RED, zorder=4)
 
 
-def _below(ax: Axes, box: Text, text: str) -> None:
-    bottom = box.get_bbox_patch().get_window_extent().y0
-    y = ax.transData.inverted().transform((0, bottom))[1]
-    offset = {"xytext": (0, -4), "textcoords": "offset points", "ha": "center", "va": "top"}
-    ax.annotate(text, (box.get_position()[0], y), fontsize=10, color=RED, zorder=4, **offset)
+def _beside(ax: Axes, box: Text, text: str) -> None:
+    """``text`` below the box; above it in the top row, where arrows arrive from below."""
+    x, y = box.get_position()
+    frame = box.get_bbox_patch().get_window_extent()
+    above = y == max(other.get_position()[1] for other in ax.texts if other.get_bbox_patch())
+    edge = ax.transData.inverted().transform((0, frame.y1 if above else frame.y0))[1]
+    offset = {"xytext": (0, 4 if above else -4), "textcoords": "offset points", "ha": "center"}
+    va = "bottom" if above else "top"
+    ax.annotate(text, (x, edge), fontsize=10, color=RED, va=va, zorder=4, **offset)
 
 
 def _frame(ax: Axes, places: list[tuple[float, float]]) -> None:
     columns, rows = zip(*places, strict=True)
     ax.set_xlim(min(columns) - 0.4, max(columns) + 0.5)
-    ax.set_ylim(min(rows) - 0.5, max(rows) + 0.3)
+    ax.set_ylim(min(rows) - 0.5, max(rows) + 0.5)
     ax.axis("off")
