@@ -66,7 +66,7 @@ def batch_norm_simple(x: Tensor, scale: Any = 1.0, shift: Any = 0.0, eps: float 
 
 
 class BatchNorm(Function):
-    """y = scale z + shift with z = (x - mean) / sqrt(var + eps), the batch's statistics per channel.
+    """y = scale z + shift, z = (x - mean) / sqrt(var + eps) with the batch's statistics per channel.
 
     x (..., C) counts as M rows of C channels; mean and var (biased: divided by M) are over the
     rows. Since every x moves the mean and the variance, with sums over the M rows,
@@ -86,8 +86,8 @@ class BatchNorm(Function):
         self.scale, self.count = scale, len(rows)
         if self.count < 2:
             raise ValueError(
-                f"BatchNorm: an input of shape {x.shape} has {self.count} value(s) per channel, and "
-                "training needs at least 2 to have a variance"
+                f"BatchNorm: an input of shape {x.shape} has {self.count} value(s) per channel, "
+                "and training needs at least 2 to have a variance"
             )
         self.mean = channel_sum(rows) / self.count
         z = rows - self.mean
@@ -114,8 +114,8 @@ class BatchNorm(Function):
 def channel_sum(rows: Array) -> Array:
     """The sum of each column of (M, C), in two stages of about sqrt(M) additions each.
 
-    A row of ones times a matrix sums its columns, faster than ``rows.sum(axis=0)``. Adding M numbers
-    one after another loses about M times the round-off of one addition; two stages lose
+    A row of ones times a matrix sums its columns, faster than ``rows.sum(axis=0)``. Adding M
+    numbers one after another loses up to M times the round-off of one addition; two stages lose
     2 sqrt(M) times. Batch norm needs that: an error in a channel's mean moves all its values.
     """
     per_sum = math.isqrt(len(rows))
