@@ -66,7 +66,7 @@ def batch_norm_simple(x: Tensor, scale: Any = 1.0, shift: Any = 0.0, eps: float 
 
 
 class BatchNorm(Function):
-    """y = scale z + shift, z = (x - mean) / sqrt(var + eps) with the batch's statistics per channel.
+    """y = scale z + shift, z = (x - mean) / sqrt(var + eps), with statistics of the batch.
 
     x (..., C) counts as M rows of C channels; mean and var (biased: divided by M) are over the
     rows. Since every x moves the mean and the variance, with sums over the M rows,

@@ -1,4 +1,4 @@
-"""Write golden.npz: small numbers from PyTorch that the tests compare with when it is not installed.
+"""Write golden.npz: small numbers from PyTorch to compare with where it is not installed.
 
     python tests/golden/make_golden.py
 
