@@ -321,7 +321,7 @@ def versions() -> dict[str, str]:
         "minihyperflows": metadata.version("minihyperflows"),
         "python": platform.python_version(),
         "numpy": np.__version__,
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
     }
 
 
