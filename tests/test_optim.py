@@ -260,3 +260,19 @@ def test_pytorch_agrees(name: str, options: dict[str, Any], rng: np.random.Gener
             optimizer.step()
     for p, q in zip(mine, theirs, strict=True):
         np.testing.assert_allclose(p.data, q.detach().numpy(), rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("optimizer", [optim.Adam, lambda p, lr: optim.SGD(p, lr, momentum=0.9)])
+def test_moments_without_gradients_do_not_become_subnormal(optimizer):
+    """Arithmetic on subnormal numbers is many times slower, and pruned weights make thousands."""
+    p = nn.Parameter(np.ones(1000, np.float32))
+    one = optimizer([p], lr=1e-3)
+    p.grad = np.linspace(-1, 1, 1000, dtype=np.float32)
+    one.step()
+    p.grad = np.zeros(1000, np.float32)
+    tiny = np.finfo(np.float32).tiny
+    for _ in range(1500):
+        one.step()
+        for name, array in one.state_dict().items():
+            small = np.abs(array[(array != 0) & (np.abs(array) < tiny)]) if array.ndim else ()
+            assert len(small) == 0, f"{name} has {len(small)} subnormal entries"

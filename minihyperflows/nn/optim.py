@@ -19,6 +19,12 @@ from minihyperflows.nn.module import Parameter
 BLOCK = 16384
 
 
+# A decaying mean that gets no new gradients, such as a removed weight's, ends among the subnormal
+# numbers, where arithmetic is many times slower (and stays there: 0.9 times the smallest number
+# rounds to itself). Every so many steps it is set to zero before it gets there.
+FLUSH_EVERY = 64
+
+
 def sgd_rule(
     theta: Array,
     gradient: Array,
@@ -117,6 +123,13 @@ class Optimizer:
         for block in _blocks(p.data.size):
             theta, gradient, *slots = (a[block] for a in flat)
             self._update_block(theta, gradient, slots, step, scratch[:, : theta.size])
+        if step % FLUSH_EVERY == 0:
+            for name, decay in self._decays().items():
+                flush_decayed(state[name], decay)
+
+    def _decays(self) -> dict[str, float]:
+        """The factor by which each kept array shrinks in a step without a gradient."""
+        return {}
 
     def _update_block(
         self, theta: Array, gradient: Array, slots: list[Array], step: int, scratch: Array
@@ -181,6 +194,9 @@ class SGD(Optimizer):
             raise ValueError("nesterov needs a momentum above 0")
         self.momentum, self.nesterov = momentum, nesterov
 
+    def _decays(self) -> dict[str, float]:
+        return {"velocity": self.momentum}
+
     def _update_block(
         self, theta: Array, gradient: Array, slots: list[Array], step: int, scratch: Array
     ) -> None:
@@ -220,6 +236,9 @@ class Adam(Optimizer):
             raise ValueError(f"betas must lie in [0, 1), not {betas}")
         self.betas, self.eps = betas, eps
 
+    def _decays(self) -> dict[str, float]:
+        return {"m": self.betas[0], "v": self.betas[1]}
+
     def _update_block(
         self, theta: Array, gradient: Array, slots: list[Array], step: int, scratch: Array
     ) -> None:
@@ -240,6 +259,16 @@ class Adam(Optimizer):
         xp.divide(m, s, out=s)
         s *= self.lr * correct_m / correct_v
         theta -= s
+
+
+def flush_decayed(array: Array, decay: float) -> None:
+    """Set to zero what ``FLUSH_EVERY`` more factors of ``decay`` would make subnormal.
+
+    For float32 and a decay of 0.9 that is below 1e-35, too little to move any parameter.
+    """
+    if 0 < decay < 1:
+        limit = xp_of(array).finfo(array.dtype).tiny / decay**FLUSH_EVERY
+        array[abs(array) < limit] = 0
 
 
 def _blocks(size: int) -> Iterator[slice]:
