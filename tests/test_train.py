@@ -128,3 +128,30 @@ def test_a_network_with_gates_is_refused(data):
     flows.attach(net, rng=rng)
     with pytest.raises(ValueError, match="gates already"):
         next(lab.train(net, data, TINY, rng=rng))
+
+
+@pytest.mark.parametrize("name", ["vgg19-cifar10", "resnet50-cifar10"])
+def test_convolutional_recipes_train_narrow_and_continue_from_their_state(name):
+    """All three stages of the paper's recipes, with augmentation, on a few drawn images."""
+    data = lab.make_shapes32(train=24, test=10)
+    recipe = dataclasses.replace(
+        lab.RECIPES[name].scaled(1e-9), batch_size=12, model_options={"width": 0.05}
+    )
+    recipe = change(recipe, dense={"lr": 0.01}, pruning={"lr": 0.01, "epochs": 2})
+
+    def trainer():
+        rng = np.random.default_rng(0)
+        return lab.Trainer(lab.build_network(recipe, data, rng), data, recipe, rng)
+
+    one = trainer()
+    records = [one.run_epoch() for _ in range(2)]
+    other = trainer()
+    other.load_state_dict(*one.state_dict())
+    while not one.finished:
+        records.append(one.run_epoch())
+        again = other.run_epoch()
+        assert repr(dataclasses.replace(again, seconds=0.0)) == repr(
+            dataclasses.replace(records[-1], seconds=0.0)
+        )
+    assert [r.stage for r in records] == ["dense", "pruning", "pruning", "regrowth"]
+    assert records[-1].density == pytest.approx(0.02, abs=0.002)
