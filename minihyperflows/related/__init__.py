@@ -1,0 +1,1 @@
+"""The neighbours of Hyperflows: other answers to the question which weights matter."""
