@@ -278,6 +278,61 @@ def test_lenet300(rng: np.random.Generator) -> None:
         net(np.zeros((5, 8, 8, 1), np.float32))
 
 
+STEMS = [
+    ("vgg19", 1, 2),
+    ("vgg19", 2, 1),
+    ("resnet50", 1, 4),
+    ("resnet50", 2, 2),
+    ("resnet50", 4, 1),
+]
+
+
+@pytest.mark.parametrize(("name", "stride", "last_map"), STEMS)
+def test_a_stem_stride_changes_the_maps_and_not_the_weights(
+    name: str, stride: int, last_map: int
+) -> None:
+    build = getattr(models, name)
+    plain = build(width=0.05, rng=np.random.default_rng(1))
+    net = build(width=0.05, stem_stride=stride, rng=np.random.default_rng(1))
+    assert_same(net.state_dict(), plain.state_dict())
+    x = np.random.default_rng(2).standard_normal((3, 32, 32, 3)).astype(np.float32)
+    maps = map_sizes(net, x)
+    assert maps[0] == 32 // stride
+    assert maps[-1] == last_map
+    assert maps == [size // stride for size in map_sizes(plain, x)]
+    assert net(x).shape == (3, 10)
+    loss = F.cross_entropy(net(x), [0, 1, 2])
+    loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in net.parameters() if p.ndim > 1)
+
+
+def map_sizes(net: nn.Module, x: np.ndarray) -> list[int]:
+    """The side of the map after each convolution, in the order of computation."""
+    sizes = []
+
+    def forward(layer: nn.Conv2d, x: mh.Tensor) -> mh.Tensor:
+        y = convolve(layer, x)
+        sizes.append(y.shape[1])
+        return y
+
+    convolve = nn.Conv2d.forward
+    with pytest.MonkeyPatch.context() as patch, mh.no_grad():
+        patch.setattr(nn.Conv2d, "forward", forward)
+        net(x)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("name", "stride", "choices"),
+    [("vgg19", 4, "1 or 2, not 4"), ("resnet50", 3, "1, 2 or 4, not 3"), ("resnet50", 0, "1, 2")],
+)
+def test_a_wrong_stem_stride_is_answered_with_the_choices(
+    name: str, stride: int, choices: str, rng: np.random.Generator
+) -> None:
+    with pytest.raises(ValueError, match=f"stem_stride must be {choices}"):
+        getattr(models, name)(width=0.05, stem_stride=stride, rng=rng)
+
+
 def test_initial_values_do_not_depend_on_the_dtype() -> None:
     nets = [
         models.lenet300(64, rng=np.random.default_rng(3), dtype=dtype)

@@ -17,6 +17,18 @@ def scale_channels(channels: int, width: float) -> int:
     return max(1, round(channels * width))
 
 
+def check_stem_stride(stride: int, choices: tuple[int, ...]) -> None:
+    """Raise ValueError, which names the ``choices``, for another stride of the first convolution.
+
+    A stride above 1 is for small experiments on a CPU: every map of the network has stride^2 times
+    fewer pixels, and the work falls with them, while the weights, what pruning is about, stay the
+    same in number and shape.
+    """
+    if stride not in choices:
+        names = f"{', '.join(map(str, choices[:-1]))} or {choices[-1]}"
+        raise ValueError(f"stem_stride must be {names}, not {stride!r}")
+
+
 def conv(
     in_channels: int,
     out_channels: int,

@@ -9,7 +9,7 @@ import numpy as np
 from minihyperflows import functional as F
 from minihyperflows.engine.tensor import Tensor
 from minihyperflows.nn.layers import BatchNorm2d, Linear, Sequential
-from minihyperflows.nn.models.blocks import conv, scale_channels
+from minihyperflows.nn.models.blocks import check_stem_stride, conv, scale_channels
 from minihyperflows.nn.module import Module
 
 
@@ -74,7 +74,8 @@ def shortcut(channels: int, out: int, stride: int, **options: Any) -> Sequential
 class ResNet(Module):
     """A 3x3 convolution, stages of residual blocks, the average of the map, a linear layer.
 
-    No max-pool at the start: the images are small. Every stage but the first halves the map.
+    No max-pool at the start: the images are small. Every stage but the first halves the map, which
+    the first convolution makes ``stem_stride`` times smaller than the image.
     """
 
     def __init__(
@@ -85,10 +86,12 @@ class ResNet(Module):
         width: float,
         rng: np.random.Generator,
         dtype: Any,
+        stem_stride: int = 1,
     ) -> None:
+        check_stem_stride(stem_stride, (1, 2, 4))
         options = {"rng": rng, "dtype": dtype}
         channels = scale_channels(stages[0][1], width)
-        self.conv1 = conv(3, channels, 3, rng=rng, dtype=dtype)
+        self.conv1 = conv(3, channels, 3, stem_stride, **options)
         self.bn1 = BatchNorm2d(channels, dtype=dtype)
         for number, (blocks, stage_channels) in enumerate(stages, start=1):
             out = scale_channels(stage_channels, width)
@@ -112,12 +115,26 @@ def resnet50(
     num_classes: int = 10,
     width: float = 1.0,
     *,
+    stem_stride: int = 1,
     rng: np.random.Generator,
     dtype: Any = np.float32,
 ) -> ResNet:
-    """ResNet-50 for 32 x 32 images: 23,467,712 weights that pruning can gate (ten classes)."""
+    """ResNet-50 for 32 x 32 images: 23,467,712 weights that pruning can gate (ten classes).
+
+    Args:
+        num_classes: the outputs of the linear layer.
+        width: scales the channels of every layer.
+        stem_stride: stride of the first convolution, 1, 2 or 4. All maps have that many times
+            smaller sides, so a step costs 1, 1/4 or 1/16: for small recipes on CPUs. The weights
+            are the same.
+        rng: draws the initial weights.
+        dtype: of weights and activations.
+
+    Raises:
+        ValueError: another stem_stride, or a width that is not positive.
+    """
     stages = ((3, 64), (4, 128), (6, 256), (3, 512))
-    return ResNet(Bottleneck, stages, num_classes, width, rng, dtype)
+    return ResNet(Bottleneck, stages, num_classes, width, rng, dtype, stem_stride)
 
 
 def resnet(

@@ -16,7 +16,7 @@ from minihyperflows.nn.layers import (
     ReLU,
     Sequential,
 )
-from minihyperflows.nn.models.blocks import conv, scale_channels
+from minihyperflows.nn.models.blocks import check_stem_stride, conv, scale_channels
 from minihyperflows.nn.module import Module
 
 Plan: TypeAlias = tuple[int | str, ...]
@@ -31,7 +31,8 @@ class VGG(Module):
 
     The layers' names are torchvision's (``features.0.weight``, ...), where convolutions have a
     bias; here batch norm takes its place. Maps of 32, 16, 8, 4 and 2 pixels; the fifth pooling of
-    the original is a 2x2 average.
+    the original is a 2x2 average. With a stride of 2 in the first convolution they are 16, 8, 4, 2
+    and 1, and nothing is left to average.
     """
 
     def __init__(
@@ -41,19 +42,21 @@ class VGG(Module):
         width: float,
         rng: np.random.Generator,
         dtype: Any,
+        stem_stride: int = 1,
     ) -> None:
+        check_stem_stride(stem_stride, (1, 2))
         layers: list[Module] = []
-        channels = 3
+        channels, stride = 3, stem_stride
         for item in plan:
             if isinstance(item, str):
                 layers.append(MaxPool2d(2))
                 continue
             out = scale_channels(item, width)
-            layers.append(conv(channels, out, 3, rng=rng, dtype=dtype))
+            layers.append(conv(channels, out, 3, stride, rng=rng, dtype=dtype))
             layers += [BatchNorm2d(out, dtype=dtype), ReLU()]
-            channels = out
+            channels, stride = out, 1
         self.features = Sequential(*layers)
-        self.pool = AvgPool2d(2)
+        self.pool = AvgPool2d(2 // stem_stride)
         self.classifier = Linear(channels, num_classes, rng=rng, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,8 +78,21 @@ def vgg19(
     num_classes: int = 10,
     width: float = 1.0,
     *,
+    stem_stride: int = 1,
     rng: np.random.Generator,
     dtype: Any = np.float32,
 ) -> VGG:
-    """VGG-19 for 32 x 32 images: 20,024,000 weights that pruning can gate (ten classes)."""
-    return VGG(VGG19, num_classes, width, rng, dtype)
+    """VGG-19 for 32 x 32 images: 20,024,000 weights that pruning can gate (ten classes).
+
+    Args:
+        num_classes: the outputs of the linear layer.
+        width: scales the channels of every layer.
+        stem_stride: stride of the first convolution, 1 or 2. With 2 all maps have half the side,
+            so a step costs a quarter: for small recipes on CPUs. The weights are the same.
+        rng: draws the initial weights.
+        dtype: of weights and activations.
+
+    Raises:
+        ValueError: another stem_stride, or a width that is not positive.
+    """
+    return VGG(VGG19, num_classes, width, rng, dtype, stem_stride)
