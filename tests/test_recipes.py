@@ -6,7 +6,7 @@ import json
 import pytest
 
 from minihyperflows.lab import RECIPES, Recipe, UserError
-from minihyperflows.lab.recipes import find
+from minihyperflows.lab.recipes import PressureSettings, find
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -15,6 +15,29 @@ def test_recipes_survive_json(name):
     assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
     assert recipe.name == name
     assert recipe.deviations
+
+
+def test_an_old_recipe_file_still_loads():
+    """From before the scheduler could update within an epoch."""
+    recipe = RECIPES["lenet300-digits"]
+    values = json.loads(json.dumps(recipe.to_json()))
+    del values["pressure"]["updates_per_epoch"]
+    assert Recipe.from_json(values) == recipe
+    assert recipe.pressure.updates_per_epoch == 1
+
+
+def test_a_recipe_file_of_another_version_is_one_clear_line():
+    values = RECIPES["lenet300-digits"].to_json()
+    with pytest.raises(UserError, match=r"not one of this version.*brilliance"):
+        Recipe.from_json(values | {"brilliance": 3})
+    with pytest.raises(UserError, match="not one of this version"):
+        Recipe.from_json(values | {"dense": {"lr": 0.1}})
+
+
+@pytest.mark.parametrize("updates", [0, -1, 1.5])
+def test_updates_per_epoch_are_whole_and_positive(updates):
+    with pytest.raises(UserError, match=f"from 1 on, not {updates}"):
+        PressureSettings(updates_per_epoch=updates)
 
 
 def cifar(**changes):

@@ -36,6 +36,20 @@ def run(recipe, data, seed=0):
     return net, list(lab.train(net, data, recipe, rng=rng))
 
 
+def new_trainer(recipe, data):
+    rng = np.random.default_rng(0)
+    return lab.Trainer(lab.build_network(recipe, data, rng), data, recipe, rng)
+
+
+def without_time(records):
+    return [dataclasses.replace(r, seconds=0.0) for r in records]
+
+
+def same(*records):
+    """Whether records are the same to the last bit, wall times aside (NaN equals NaN)."""
+    return len(set(map(repr, without_time(records)))) == 1
+
+
 def change(recipe, **parts):
     """``recipe`` with fields of its parts replaced, part={field: value}."""
     parts = {k: dataclasses.replace(getattr(recipe, k), **v) for k, v in parts.items()}
@@ -54,9 +68,6 @@ def test_one_record_per_epoch_and_nothing_printed(data, capsys):
 
 
 def test_a_seed_determines_everything(data):
-    def without_time(records):
-        return [dataclasses.replace(r, seconds=0.0) for r in records]
-
     one, two, other = (without_time(run(TINY, data, seed)[1]) for seed in (3, 3, 4))
     assert repr(one) == repr(two) != repr(other)
 
@@ -102,6 +113,59 @@ def test_the_switches_change_what_happens(data):
     assert run(sgd, data)[1][8].density < 1
 
 
+def test_several_updates_of_the_pressure_in_an_epoch(data, monkeypatch):
+    """4 batches, 2 updates an epoch: one after the second batch, one after the fourth."""
+    recipe = change(TINY, pressure={"updates_per_epoch": 2}, pruning={"epochs": 5})
+    updates, steps = [], []
+
+    def update(self, period, density):
+        updates.append((len(steps), period, density))
+        return real_update(self, period, density)
+
+    def step(self, stage):
+        steps.append(stage)
+        real_step(self, stage)
+
+    real_update, real_step = flows.PressureScheduler.update, lab.Trainer._step
+    with monkeypatch.context() as patch:
+        patch.setattr(flows.PressureScheduler, "update", update)
+        patch.setattr(lab.Trainer, "_step", step)
+        _, records = run(recipe, data)
+    pruning = [r for r in records if r.stage == "pruning"]
+    assert [(n, period) for n, period, _ in updates] == [(4 + 2 * p, p) for p in range(1, 11)]
+    assert [density for *_, density in updates][1::2] == [r.density for r in pruning]
+    # the trajectory is that of ten periods, aimed at the same density as with five
+    scheduler = flows.PressureScheduler(1 - 0.9 * (1 - recipe.target_sparsity), 10)
+    expected = [scheduler.expected(period) for period in range(2, 11, 2)]
+    assert [r.expected_density for r in pruning] == expected
+    # gamma is the mean over the four batches
+    gammas = [0.0] + [scheduler.update(period, density) for _, period, density in updates]
+    means = [
+        (first + second) / 2 for first, second in zip(gammas[:-1:2], gammas[1::2], strict=True)
+    ]
+    assert [r.gamma for r in pruning] == pytest.approx(means)
+
+
+def test_updates_within_an_epoch_continue_from_their_state(data):
+    recipe = change(TINY, pressure={"updates_per_epoch": 3}, pruning={"epochs": 4})
+    one, other = new_trainer(recipe, data), new_trainer(recipe, data)
+    for _ in range(3):
+        one.run_epoch()
+    other.load_state_dict(*one.state_dict())
+    while not one.finished:
+        assert same(one.run_epoch(), other.run_epoch())
+
+
+def test_more_updates_than_batches_are_all_made(data):
+    recipe = change(TINY, pressure={"updates_per_epoch": 6}, pruning={"epochs": 2})
+    trainer = new_trainer(recipe, data)
+    trainer.run_epoch()
+    assert trainer.scheduler.epochs == 12
+    trainer.run_epoch()
+    rises = flows.PressureScheduler(recipe.target_sparsity, 12)
+    assert trainer.scheduler.gamma == [rises.update(p, 1.0) for p in range(1, 7)][-1]
+
+
 def test_batch_norm_scales_can_stay_frozen():
     rng = np.random.default_rng(0)
     recipe = lab.RECIPES["vgg19-cifar10"]
@@ -139,19 +203,11 @@ def test_convolutional_recipes_train_narrow_and_continue_from_their_state(name):
     )
     recipe = change(recipe, dense={"lr": 0.01}, pruning={"lr": 0.01, "epochs": 2})
 
-    def trainer():
-        rng = np.random.default_rng(0)
-        return lab.Trainer(lab.build_network(recipe, data, rng), data, recipe, rng)
-
-    one = trainer()
+    one, other = new_trainer(recipe, data), new_trainer(recipe, data)
     records = [one.run_epoch() for _ in range(2)]
-    other = trainer()
     other.load_state_dict(*one.state_dict())
     while not one.finished:
         records.append(one.run_epoch())
-        again = other.run_epoch()
-        assert repr(dataclasses.replace(again, seconds=0.0)) == repr(
-            dataclasses.replace(records[-1], seconds=0.0)
-        )
+        assert same(records[-1], other.run_epoch())
     assert [r.stage for r in records] == ["dense", "pruning", "pruning", "regrowth"]
     assert records[-1].density == pytest.approx(0.02, abs=0.002)

@@ -68,6 +68,11 @@ class PressureSettings:
 
     ``floor``: t at or below it feel no pressure; None for no floor. ``gamma``: a constant pressure
     instead of the scheduler.
+
+    ``updates_per_epoch``: how often in an epoch, evenly spaced, the density is measured and the
+    pressure changed. The scheduler needs some 20 to 50 updates to find the pressure; a recipe with
+    few pruning epochs gets them by steering within the epochs. Its trajectory then counts periods
+    of 1 / ``updates_per_epoch`` epochs.
     """
 
     step: float = 0.2
@@ -75,6 +80,12 @@ class PressureSettings:
     aggressivity: float = 6.0
     floor: float | None = None
     gamma: float | None = None
+    updates_per_epoch: int = 1
+
+    def __post_init__(self) -> None:
+        updates = self.updates_per_epoch
+        if not isinstance(updates, int) or updates < 1:
+            raise UserError(f"updates_per_epoch must be a whole number from 1 on, not {updates!r}")
 
 
 @dataclass(frozen=True)
@@ -177,7 +188,13 @@ class Recipe:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Recipe:
-        """The recipe that :meth:`to_json` was called on."""
+        """The recipe that :meth:`to_json` was called on.
+
+        Fields that are missing, because an older version wrote the file, have their defaults.
+
+        Raises:
+            UserError: an unknown field, so a newer version wrote the file.
+        """
         parts = {
             "dense": WeightTraining,
             "pruning": WeightTraining,
@@ -185,10 +202,13 @@ class Recipe:
             "presence": PresenceTraining,
             "pressure": PressureSettings,
         }
-        values = {k: parts[k](**v) if k in parts else v for k, v in values.items()}
-        presence = values["presence"]
-        values["presence"] = dataclasses.replace(presence, init=tuple(presence.init))
-        return Recipe(**values | {"deviations": tuple(values["deviations"])})
+        try:
+            values = {k: parts[k](**v) if k in parts else v for k, v in values.items()}
+            presence = values["presence"]
+            values["presence"] = dataclasses.replace(presence, init=tuple(presence.init))
+            return Recipe(**values | {"deviations": tuple(values["deviations"])})
+        except (TypeError, KeyError) as error:
+            raise UserError(f"this recipe is not one of this version: {error}") from error
 
 
 def find(name: str) -> Recipe:

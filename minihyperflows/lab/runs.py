@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import json
 import math
 import os
 import platform
@@ -149,31 +150,41 @@ def _require_same(
     folder: RunFolder, found: dict[str, Any], recipe: Recipe, seed: int, device: str
 ) -> None:
     """Raise unless the folder's run is the one that is asked for."""
-    wanted = {"recipe": _as_json(recipe), "seed": seed, "device": device}
-    for name, value in wanted.items():
-        if found.get(name) != value:
-            there, here = _first_difference(found.get(name), value, name)
-            raise UserError(
-                f"{folder.path} holds another run ({there} there, {here} here): choose another "
-                "folder with --out, or start over with --no-resume"
-            )
+    there = _identity(Recipe.from_json(found["recipe"]), found["seed"], found["device"])
+    if difference := _first_difference(there, _identity(recipe, seed, device)):
+        raise UserError(
+            f"{folder.path} holds another run ({difference}): choose another folder with --out, "
+            "or start over with --no-resume"
+        )
+
+
+def _identity(recipe: Recipe, seed: int, device: str) -> dict[str, Any]:
+    """What makes a run this run and no other."""
+    return _as_json(recipe) | {"seed": seed, "device": device}
 
 
 def _as_json(recipe: Recipe) -> dict[str, Any]:
     """The recipe as it looks once it has been through a JSON file (lists for tuples)."""
-    return Recipe.from_json(recipe.to_json()).to_json() | {
-        "deviations": list(recipe.deviations),
-        "presence": recipe.to_json()["presence"] | {"init": list(recipe.presence.init)},
-    }
+    return json.loads(json.dumps(recipe.to_json()))
 
 
-def _first_difference(a: Any, b: Any, name: str) -> tuple[str, str]:
-    """The first value, by dotted name, in which two nested dictionaries differ."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in {**b, **a}:
-            if a.get(key) != b.get(key):
-                return _first_difference(a.get(key), b.get(key), key)
-    return f"{name} {a}", f"{name} {b}"
+def _first_difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
+    """The first value, by dotted name, in which two nested dictionaries differ; None if equal."""
+    ours, theirs = _flat(here), _flat(there)
+    for name in {**ours, **theirs}:
+        if ours.get(name) != theirs.get(name):
+            return f"{name} {theirs.get(name)} there, {name} {ours.get(name)} here"
+    return None
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"dense": {"lr": 0.1}} -> {"dense.lr": 0.1}."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= (
+            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        )
+    return flat
 
 
 # -- the epochs ----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -31,7 +32,8 @@ class EpochRecord:
     Attributes:
         epoch: counted from 1 over the whole run.
         stage: "dense", "pruning" or "regrowth".
-        gamma: the pressure during the epoch, in units of the mean of t.
+        gamma: the pressure during the epoch, in units of the mean of t; its mean over the batches
+            if the recipe changes it within an epoch.
         lr_weights, lr_presence: learning rates of the weights and of t (0: frozen or absent).
         train_loss: mean over the batches of the cross-entropy, without the pressure term.
         test_accuracy: fraction of the test set classified correctly after the epoch.
@@ -145,17 +147,15 @@ class Trainer:
         started = time.perf_counter()
         stage, k = self.recipe.timeline.locate(self.epoch + 1)
         self._enter(stage, k)
-        gamma = self._gamma(stage)
         lr_weights, lr_presence = self._learning_rates(stage, k)
         expected = self._expected_density(stage, k)
         with np.errstate(over="ignore", invalid="ignore"):  # _backward reports what comes of it
-            loss = self._train_one_epoch(stage, k, gamma)
+            loss, gamma = self._train_one_epoch(stage, k)
         self.epoch += 1
         accuracy = evaluate(self.net, self.data)
         layers = self.recorder.take() if self.recorder else {}
         if stage != DENSE:
             self.density = flows.density(self.net)
-        self._conclude(stage, k)
         return EpochRecord(
             epoch=self.epoch,
             stage=stage,
@@ -219,34 +219,33 @@ class Trainer:
         if stage == DENSE:
             return 1.0
         if stage == PRUNING:
-            return self.scheduler.expected(k)
+            return self.scheduler.expected(k * self.recipe.pressure.updates_per_epoch)
         return self._target_density
-
-    def _conclude(self, stage: str, k: int) -> None:
-        """What the density measured after epoch ``k`` of ``stage`` leads to."""
-        if stage == PRUNING:
-            self.scheduler.update(k, self.density)
 
     # -- within an epoch -------------------------------------------------------------------------
 
-    def _train_one_epoch(self, stage: str, k: int, gamma: float) -> float:
-        """One pass over the training set; returns the mean loss."""
+    def _train_one_epoch(self, stage: str, k: int) -> tuple[float, float]:
+        """One pass over the training set; returns the mean loss and the mean pressure."""
         recipe = self.recipe
         smoothing = recipe.dense.label_smoothing
         if stage != DENSE:
             smoothing = recipe.pruning.label_smoothing
         steps = -(-len(self.data.train_y) // recipe.batch_size)
-        total = 0.0
+        total, gammas = 0.0, []
         for step, (x, y) in enumerate(self._batches()):
+            gammas.append(self._gamma(stage))
             loss = F.cross_entropy(self.net(x), y, smoothing)
             total += loss.item() * len(y)
-            self._backward(loss, gamma, step)
+            self._backward(loss, gammas[-1], step)
             if self.recorder and step % max(1, steps // FLUX_SAMPLES) == 0:
-                self.recorder.observe_flux(gamma, recipe.pressure.floor)
+                self.recorder.observe_flux(gammas[-1], recipe.pressure.floor)
             self._step(stage)
+            if stage == PRUNING:
+                self._steer(k, step, steps)
         if stage == REGROWTH and self.landed_by is None and 2 * k >= recipe.timeline.regrowth:
             self._land()
-        return total / len(self.data.train_y)
+        # The mean of floats in `statistics` is exact: a constant pressure is its own mean.
+        return total / len(self.data.train_y), statistics.mean(gammas)
 
     def _batches(self) -> Iterator[tuple[Tensor, np.ndarray]]:
         """The training set in a new random order; the last batch may be smaller."""
@@ -279,6 +278,19 @@ class Trainer:
             self.recorder.observe_step()
             if stage == REGROWTH and self.recorder.density >= self._target_density:
                 self._land()
+
+    def _steer(self, k: int, step: int, steps: int) -> None:
+        """Update the pressure if ``step`` (from 0) is the last of one of the scheduler's periods.
+
+        Pruning epoch ``k`` has ``steps`` batches and ``updates_per_epoch`` periods, numbered on
+        from those of the epochs before. (Should it have more periods than batches, several end
+        with the same batch.)
+        """
+        assert self.recorder
+        updates = self.recipe.pressure.updates_per_epoch
+        before, after = (n * updates // steps for n in (step, step + 1))  # periods that are over
+        for period in range(before + 1, after + 1):
+            self.scheduler.update((k - 1) * updates + period, self.recorder.density)
 
     def _land(self) -> None:
         """End the regrowth: bring the density to the target and freeze the topology."""
@@ -336,7 +348,7 @@ def pressure_scheduler(recipe: Recipe) -> flows.PressureScheduler:
     settings = recipe.pressure
     return flows.PressureScheduler(
         1 - density,
-        recipe.pruning.epochs,
+        recipe.pruning.epochs * settings.updates_per_epoch,
         settings.step,
         settings.exponent,
         settings.aggressivity,
