@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from minihyperflows.flows.stages import DENSE, PRUNING, REGROWTH, land
 from minihyperflows.lab.augment import crop_and_flip
 from minihyperflows.lab.data import Dataset, normalise
 from minihyperflows.lab.errors import UserError
+from minihyperflows.lab.prefetch import prefetch
 from minihyperflows.lab.recipes import PresenceTraining, Recipe, WeightTraining, find
 from minihyperflows.nn import BatchNorm2d, Module, Parameter, models, optim
 
@@ -232,22 +234,30 @@ class Trainer:
             smoothing = recipe.pruning.label_smoothing
         steps = -(-len(self.data.train_y) // recipe.batch_size)
         total, gammas = 0.0, []
-        for step, (x, y) in enumerate(self._batches()):
-            gammas.append(self._gamma(stage))
-            loss = F.cross_entropy(self.net(x), y, smoothing)
-            total += loss.item() * len(y)
-            self._backward(loss, gammas[-1], step)
-            if self.recorder and step % max(1, steps // FLUX_SAMPLES) == 0:
-                self.recorder.observe_flux(gammas[-1], recipe.pressure.floor)
-            self._step(stage)
-            if stage == PRUNING:
-                self._steer(k, step, steps)
+        with closing(self._prepared_batches()) as batches:
+            for step, (x, y) in enumerate(batches):
+                gammas.append(self._gamma(stage))
+                loss = F.cross_entropy(self.net(x), y, smoothing)
+                total += loss.item() * len(y)
+                self._backward(loss, gammas[-1], step)
+                if self.recorder and step % max(1, steps // FLUX_SAMPLES) == 0:
+                    self.recorder.observe_flux(gammas[-1], recipe.pressure.floor)
+                self._step(stage)
+                if stage == PRUNING:
+                    self._steer(k, step, steps)
         if stage == REGROWTH and self.landed_by is None and 2 * k >= recipe.timeline.regrowth:
             self._land()
         # The mean of floats in `statistics` is exact: a constant pressure is its own mean.
         return total / len(self.data.train_y), statistics.mean(gammas)
 
-    def _batches(self) -> Iterator[tuple[Tensor, np.ndarray]]:
+    def _prepared_batches(self) -> Generator[tuple[Tensor, np.ndarray]]:
+        """The batches of one epoch, those with augmentation made ahead in a second thread.
+
+        The others are made in less time than a batch takes to change threads.
+        """
+        return prefetch(self._batches()) if self.recipe.augment else self._batches()
+
+    def _batches(self) -> Generator[tuple[Tensor, np.ndarray]]:
         """The training set in a new random order; the last batch may be smaller."""
         recipe, data = self.recipe, self.data
         order = self.rng.permutation(len(data.train_y))
