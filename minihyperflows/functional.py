@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from minihyperflows.engine import conv, norm, ops
+from minihyperflows.engine import conv, norm, ops, pooling
 from minihyperflows.engine.backend import device_of
 from minihyperflows.engine.tensor import Tensor, apply
-
-Pair = int | tuple[int, int]
+from minihyperflows.engine.windows import Pair
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -55,12 +54,12 @@ def conv2d(
 
 def max_pool2d(x: Tensor, size: Pair, stride: Pair | None = None) -> Tensor:
     """The largest value in each window of ``size``; windows ``stride`` apart (default: size)."""
-    return apply(conv.MaxPool2d(size, stride), x)
+    return apply(pooling.MaxPool2d(size, stride), x)
 
 
 def avg_pool2d(x: Tensor, size: Pair, stride: Pair | None = None) -> Tensor:
     """The mean of each window of ``size``; windows ``stride`` apart (default: size)."""
-    return apply(conv.AvgPool2d(size, stride), x)
+    return apply(pooling.AvgPool2d(size, stride), x)
 
 
 def batch_norm(

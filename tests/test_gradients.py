@@ -17,7 +17,7 @@ import pytest
 import minihyperflows as mh
 from minihyperflows import flows, testing
 from minihyperflows import functional as F
-from minihyperflows.engine import conv, norm, ops
+from minihyperflows.engine import conv, norm, ops, pooling
 from minihyperflows.engine.graph import Function
 from minihyperflows.flows.gate import Gate, GatedWeight
 from minihyperflows.flows.pressure import MeanPresence
@@ -114,11 +114,11 @@ ROWS = [
     Row(lambda: conv.Conv2d(padding=1, groups=3), ((2, 4, 4, 3), (3, 3, 3, 1))),  # depthwise
     Row(conv.Conv2d, ((2, 3, 3, 4), (5, 1, 1, 4), (5,))),  # pointwise
     Row(lambda: conv.Conv2d(stride=2), ((2, 4, 4, 3), (5, 1, 1, 3))),
-    Row(lambda: conv.MaxPool2d(2), ((2, 4, 6, 3),)),
-    Row(lambda: conv.MaxPool2d((2, 3), stride=(2, 1)), ((2, 5, 5, 2),)),  # overlapping windows
-    Row(lambda: conv.MaxPool2d(3, stride=2), ((2, 6, 7, 2),)),  # with pixels left over
-    Row(lambda: conv.AvgPool2d(2), ((2, 4, 6, 3),)),
-    Row(lambda: conv.AvgPool2d(3, stride=2), ((2, 6, 7, 2),)),
+    Row(lambda: pooling.MaxPool2d(2), ((2, 4, 6, 3),)),
+    Row(lambda: pooling.MaxPool2d((2, 3), stride=(2, 1)), ((2, 5, 5, 2),)),  # overlapping windows
+    Row(lambda: pooling.MaxPool2d(3, stride=2), ((2, 6, 7, 2),)),  # with pixels left over
+    Row(lambda: pooling.AvgPool2d(2), ((2, 4, 6, 3),)),
+    Row(lambda: pooling.AvgPool2d(3, stride=2), ((2, 6, 7, 2),)),
     Row(norm.BatchNorm, ((6, 3), (3,), (3,))),
     Row(norm.BatchNorm, ((2, 3, 4, 2), (2,), (2,))),
     Row(MeanPresence, ((2, 3), (4,))),
@@ -127,7 +127,7 @@ ROWS = [
 
 # Steps have no derivative to compare with: these declare one, and are tested against it.
 DECLARED = {Gate, GatedWeight}
-ABSTRACT = {ops.Elementwise, ops.Reduction, conv.Pool2d}
+ABSTRACT = {ops.Elementwise, ops.Reduction, pooling.Pool2d}
 
 ids = [f"{i}-{row.name}" for i, row in enumerate(ROWS)]
 every_row = pytest.mark.parametrize("row", ROWS, ids=ids)

@@ -40,7 +40,7 @@ def test_a_chain_of_20000_operations() -> None:
 def test_a_long_chain_is_deallocated_without_backward() -> None:
     x = leaf(2)
     y = chain(x, 100_000)
-    first = weakref.ref(y.creator.inputs[0])
+    first = weakref.ref(y.creator.inputs[0].creator)
     del y
     gc.collect()
     assert first() is None

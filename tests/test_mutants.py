@@ -16,7 +16,7 @@ import pytest
 import minihyperflows as mh
 from minihyperflows import flows, nn, optim, testing
 from minihyperflows import functional as F
-from minihyperflows.engine import conv, norm, ops
+from minihyperflows.engine import conv, norm, ops, pooling
 from minihyperflows.engine.graph import Function
 from minihyperflows.flows.gate import Gate
 from minihyperflows.nn.optim import adam_rule, sgd_rule
@@ -118,7 +118,7 @@ class GetItemThatOverwrites(ops.GetItem):
         return gradient
 
 
-class PoolThatOverwrites(conv.MaxPool2d):
+class PoolThatOverwrites(pooling.MaxPool2d):
     """Like it, where windows overlap."""
 
     def backward(self, c: Array) -> Array:
@@ -220,7 +220,7 @@ MUTANTS = [
     ),
     Mutant(
         lambda: PoolThatOverwrites(3, stride=1),
-        lambda: conv.MaxPool2d(3, stride=1),
+        lambda: pooling.MaxPool2d(3, stride=1),
         ((2, 5, 5, 2),),
         "is wrong",
     ),
@@ -280,8 +280,8 @@ class ReLUByModulus(ops.ReLU):
     """Compares |x| with 0 in complex arithmetic: then nothing is ever cut off."""
 
     def forward(self, x: Array) -> Array:
-        self.positive = abs(x) > 0 if x.dtype.kind == "c" else x > 0
-        return x * self.positive
+        self.y = x * (abs(x) > 0 if x.dtype.kind == "c" else x > 0)
+        return self.y
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from minihyperflows import ShapeError, Tensor, nn, optim, testing
-from minihyperflows.nn.optim import BLOCK, adam_rule, sgd_rule
+from minihyperflows.engine.threads import BLOCK
+from minihyperflows.nn.optim import adam_rule, sgd_rule
 
 SGD = [
     {"momentum": 0.0},

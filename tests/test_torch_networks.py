@@ -81,7 +81,7 @@ def float32_errors(name, seed):
     """Worst errors on one batch: ours and PyTorch's against float64, ours against PyTorch's."""
     rng = np.random.default_rng(seed)
     net, twin, shape = twins(name, rng, np.float32)
-    x, y = rng.standard_normal((16, *shape)).astype(np.float32), rng.integers(0, 10, 16)
+    x, y = rng.standard_normal((2, *shape)).astype(np.float32), rng.integers(0, 10, 2)
     loss, ours, twin_loss, theirs = gradients(net, twin, x, y, np.float32)
     assert loss == pytest.approx(twin_loss, rel=1e-4)
     theirs = {k: g.copy() for k, g in theirs.items()}
@@ -95,14 +95,15 @@ def float32_errors(name, seed):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gradients_in_float32_are_as_accurate_as_pytorchs(name):
-    """Within 1e-4 of PyTorch's and of the exact gradient, by the median of five batches.
+    """Within 1e-4 of PyTorch's and of the exact gradient, by the median of seven small batches.
 
     The median, because round-off can move an activation near 0 across the ReLU's kink, and one
-    such switch changes the gradients below it by far more than round-off: on one batch in a few
-    with VGG-19, in PyTorch and here. In ResNet-50 it happens on every batch: PyTorch's float32
-    gradients are some 10 % from its float64 ones, and being as near as that is all one can ask.
+    such switch changes the gradients below it by far more than round-off: of 16 images every other
+    batch has one with VGG-19, in PyTorch or here. In ResNet-50 it happens on every batch:
+    PyTorch's float32 gradients are some 10 % from its float64 ones, and being as near as that is
+    all one can ask.
     """
-    errors = [float32_errors(name, seed) for seed in range(3 if name == "resnet50" else 5)]
+    errors = [float32_errors(name, seed) for seed in range(7)]
     ours, theirs, between = np.median(errors, axis=0)
     assert ours < max(1e-4, 3 * theirs)
     if name != "resnet50":

@@ -1,78 +1,29 @@
-"""Convolution and pooling of images (N, H, W, C): N images, H rows, W columns, C channels.
+"""Convolution, three ways with one signature (chapter 04).
 
-Both slide a window (the kernel) over the image. Two helpers say what that means: ``windows`` gives
-all the windows of an image as one array, ``shifted`` gives, for each place in the window, the
-pixels that come to lie there. Chapter 04 derives the rest.
+``conv2d_loop`` is the definition, ``conv2d_im2col`` one matrix product, ``conv2d_winograd`` fewer
+multiplications; :class:`Conv2d` is the operation that networks use, and :func:`choose_way` picks
+the way for a shape. Images are (N, H, W, C): N images, H rows, W columns, C channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import TypeAlias
 
 import numpy as np
 
-from minihyperflows.engine.backend import Array, xp_of
+from minihyperflows.engine.backend import Array
 from minihyperflows.engine.errors import ShapeError
 from minihyperflows.engine.graph import Function
+from minihyperflows.engine.im2col import Im2col
+from minihyperflows.engine.norm import channel_sum
+from minihyperflows.engine.ops import add_to
+from minihyperflows.engine.windows import Pair, pad, pair, window_positions
+from minihyperflows.engine.winograd import Winograd
 
-# One number for rows and columns alike, or (rows, columns).
-Pair = int | tuple[int, int]
+Algorithm: TypeAlias = Im2col | Winograd
 
-# -- windows -------------------------------------------------------------------------------------
-
-
-def pair(value: Pair, name: str, least: int) -> tuple[int, int]:
-    """``value`` as (rows, columns); ``name`` and the ``least`` allowed number are for the error."""
-    both = tuple(value) if isinstance(value, tuple | list) else (value, value)
-    if len(both) != 2 or not all(isinstance(v, int | np.integer) and v >= least for v in both):
-        raise ValueError(f"{name} must be a whole number >= {least}, or two of them, not {value!r}")
-    return both
-
-
-def window_positions(
-    image: tuple[int, ...],
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int] = (0, 0),
-) -> tuple[int, int]:
-    """(H', W'), how many windows fit: H' = (H + 2p - kH) // s + 1, and W' likewise.
-
-    ``image`` is (N, H, W, C). Rows and columns left over at the end belong to no window. A result
-    below 1 means that the kernel does not fit at all.
-    """
-    sides = zip(image[1:3], kernel, stride, padding, strict=True)
-    rows, columns = ((n + 2 * p - k) // s + 1 for n, k, s, p in sides)
-    return rows, columns
-
-
-def windows(x: Array, kernel: tuple[int, int], stride: tuple[int, int]) -> Array:
-    """All windows of x (N, H, W, C) as a read-only view (N, H', W', kH, kW, C); no copy.
-
-    windows[n, i, j, u, v, c] = x[n, i s + u, j s + v, c].
-    """
-    sliding = xp_of(x).lib.stride_tricks.sliding_window_view
-    view = sliding(x, kernel, axis=(1, 2))[:, :: stride[0], :: stride[1]]  # (N, H', W', C, kH, kW)
-    return view.transpose(0, 1, 2, 4, 5, 3)
-
-
-def shifted(x: Array, kernel: tuple[int, int], stride: tuple[int, int]) -> Iterator[Array]:
-    """For each place (u, v) in the window, row by row, the pixels there: a view (N, H', W', C).
-
-    The item for (u, v) is windows[:, :, :, u, v], but writable.
-    """
-    rows, columns = window_positions(x.shape, kernel, stride)
-    for u, v in np.ndindex(*kernel):
-        yield x[:, u : u + stride[0] * rows : stride[0], v : v + stride[1] * columns : stride[1]]
-
-
-def pad(x: Array, padding: tuple[int, int]) -> Array:
-    """x (N, H, W, C) with zeros around each image; x itself if there are none to add."""
-    if not any(padding):
-        return x
-    return xp_of(x).pad(x, ((0, 0), *((p, p) for p in padding), (0, 0)))
-
-
-# -- convolution ---------------------------------------------------------------------------------
+# The ways of Conv2d; Winograd's are named by the size of their tiles, F(2x2, 3x3) and F(4x4, 3x3).
+WAYS = ("im2col", "winograd2", "winograd4")
 
 
 def conv2d_loop(
@@ -98,62 +49,117 @@ def conv2d_loop(
     return y if bias is None else y + bias
 
 
+def conv2d_im2col(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    groups: int = 1,
+) -> Array:
+    """The same by one matrix product; see :class:`~minihyperflows.engine.im2col.Im2col`."""
+    return Conv2d(stride, padding, groups, way="im2col").forward(x, weight, bias)
+
+
+def conv2d_winograd(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    groups: int = 1,
+    m: int = 4,
+) -> Array:
+    """The same for 3x3 filters with stride 1 and one group, by tiles of m x m outputs (2 or 4).
+
+    See :class:`~minihyperflows.engine.winograd.Winograd`.
+    """
+    return Conv2d(stride, padding, groups, way=f"winograd{m}").forward(x, weight, bias)
+
+
+def choose_way(
+    x_shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    groups: int,
+    dtype: np.dtype,
+) -> str:
+    """The fastest of ``WAYS`` for these shapes, as measured (chapter 04, ``bench --layers``).
+
+    - Winograd needs 3x3 filters, stride 1 and one group. Its transforms cost as much for each
+      channel as 36 multiplications do, so they pay from about 16 channels on both sides.
+    - F(4x4) does 4 times fewer multiplications than the definition, F(2x2) 2.25 times. A map of
+      2x2 fills a quarter of a 4x4 tile, so there F(2x2) is faster; a map of one pixel is a product
+      with the middle of the filter, in which Winograd's tiles waste even more.
+    - Half precision is too coarse for F(4x4)'s matrices.
+    """
+    if not can_winograd(weight_shape, stride, groups) or dtype.itemsize < 4:
+        return "im2col"
+    positions = window_positions(x_shape, weight_shape[1:3], stride, padding)
+    if min(weight_shape[0], weight_shape[3]) < 16 or max(positions) < 2:
+        return "im2col"
+    return "winograd2" if max(positions) == 2 else "winograd4"
+
+
+def can_winograd(weight_shape: tuple[int, ...], stride: tuple[int, int], groups: int) -> bool:
+    """Whether Winograd's way exists for this convolution."""
+    return weight_shape[1:3] == (3, 3) and stride == (1, 1) and groups == 1
+
+
 class Conv2d(Function):
     """y[n, i, j, o] = b[o] + sum over u, v, c of x[n, i s + u - p, j s + v - p, c] W[o, u, v, c].
 
     x (N, H, W, C_in), W (C_out, kH, kW, C_in / groups), b (C_out,) or none -> (N, H', W', C_out).
 
-    With all windows of x as the rows of a matrix X (:func:`im2col`) and each filter as a row of W,
-    this is one matrix product per group, and its gradients are those of a product:
+    Convolution is linear in x and in W. Its gradients are the transposed maps, which the chosen
+    algorithm has beside its forward pass; dL/db = sum of c over images and pixels.
 
-        Y = X W^T + b,   dL/dX = c W,   dL/dW = c^T X,   dL/db = sum of c over images and pixels.
-
-    A pixel stands in X once for each window that it lies in, so dL/dx adds up those entries of
-    dL/dX (:func:`col2im`). X is larger than x by the size of the kernel: it is built again in
-    ``backward`` instead of being kept.
+    Args:
+        stride, padding: one number or (rows, columns).
+        groups: the channels fall into this many groups, each with its own filters.
+        way: one of ``WAYS``; by default :func:`choose_way` decides.
     """
 
-    def __init__(self, stride: Pair = 1, padding: Pair = 0, groups: int = 1) -> None:
+    def __init__(
+        self, stride: Pair = 1, padding: Pair = 0, groups: int = 1, way: str | None = None
+    ) -> None:
         if groups < 1:
             raise ValueError(f"Conv2d: groups must be at least 1, not {groups}")
+        if way not in (None, *WAYS):
+            raise ValueError(f"Conv2d: way must be one of {', '.join(WAYS)}, not {way!r}")
         self.stride = pair(stride, "Conv2d: stride", 1)
         self.padding = pair(padding, "Conv2d: padding", 0)
-        self.groups = groups
+        self.groups, self.way = groups, way
 
     def forward(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
         self.check(x.shape, weight.shape, None if bias is None else bias.shape)
         self.x, self.weight = x, weight
-        y = self.columns() @ self.filters().swapaxes(1, 2)  # (groups, N H' W', C_out / groups)
-        positions = window_positions(x.shape, weight.shape[1:3], self.stride, self.padding)
-        y = y.swapaxes(0, 1).reshape(len(x), *positions, len(weight))  # (N, H', W', C_out)
-        return y if bias is None else y + bias
+        y = self.algorithm().forward(x, weight)
+        return y if bias is None else add_to(y, bias)
 
     def backward(self, c: Array) -> tuple[Array | None, ...]:
-        size = c.shape[0] * c.shape[1] * c.shape[2]
-        rows = c.reshape(size, self.groups, -1).swapaxes(0, 1)  # (groups, N H' W', C_out / groups)
+        algorithm = self.algorithm()
         return (
-            self.image_gradient(rows @ self.filters()) if self.needs[0] else None,
-            self.filter_gradient(rows) if self.needs[1] else None,
-            *(c.sum(axis=(0, 1, 2)) if needed else None for needed in self.needs[2:]),
+            algorithm.input_gradient(c, self.weight) if self.needs[0] else None,
+            algorithm.weight_gradient(c, self.x) if self.needs[1] else None,
+            *(channel_sum(c.reshape(-1, c.shape[3])) if n else None for n in self.needs[2:]),
         )
 
-    def columns(self) -> Array:
-        """X, (groups, N H' W', kH kW C_in / groups)."""
-        kernel = self.weight.shape[1:3]
-        return im2col(pad(self.x, self.padding), kernel, self.stride, self.groups)
-
-    def filters(self) -> Array:
-        """W as matrices, (groups, C_out / groups, kH kW C_in / groups)."""
-        return self.weight.reshape(self.groups, len(self.weight) // self.groups, -1)
-
-    def filter_gradient(self, rows: Array) -> Array:
-        return (rows.swapaxes(1, 2) @ self.columns()).reshape(self.weight.shape)
-
-    def image_gradient(self, columns: Array) -> Array:
-        n, h, w, c = self.x.shape
-        p, q = self.padding
-        padded = (n, h + 2 * p, w + 2 * q, c)
-        return col2im(columns, padded, self.weight.shape[1:3], self.stride)[:, p : p + h, q : q + w]
+    def algorithm(self) -> Algorithm:
+        """The chosen way, made for the shapes at hand."""
+        shapes = self.x.shape, self.weight.shape
+        way = self.way or choose_way(
+            *shapes, self.stride, self.padding, self.groups, self.weight.dtype
+        )
+        if way == "im2col":
+            return Im2col(*shapes, self.stride, self.padding, self.groups)
+        if not can_winograd(self.weight.shape, self.stride, self.groups):
+            raise ValueError(
+                f"Conv2d: {way} needs 3x3 filters, stride 1 and one group, not a weight of shape "
+                f"{self.weight.shape} with stride {self.stride} and groups={self.groups}"
+            )
+        return Winograd(*shapes, self.padding, m=int(way[-1]))
 
     def check(
         self, x: tuple[int, ...], weight: tuple[int, ...], bias: tuple[int, ...] | None
@@ -173,101 +179,3 @@ class Conv2d(Function):
             )
         if bias is not None and bias != weight[:1]:
             raise ShapeError(f"Conv2d: bias of shape {bias} does not fit weight of shape {weight}")
-
-
-def im2col(x: Array, kernel: tuple[int, int], stride: tuple[int, int], groups: int = 1) -> Array:
-    """The windows of x (N, H, W, C) as rows: (groups, N H' W', kH kW C / groups).
-
-    One copy; none for a 1x1 kernel with stride 1 and one group, whose windows are the pixels.
-    """
-    view = windows(x, kernel, stride)  # (N, H', W', kH, kW, C)
-    n, rows, columns, kh, kw, c = view.shape
-    view = view.reshape(n, rows, columns, kh, kw, groups, c // groups).transpose(
-        5, 0, 1, 2, 3, 4, 6
-    )
-    return view.reshape(groups, n * rows * columns, kh * kw * c // groups)
-
-
-def col2im(
-    columns: Array, shape: tuple[int, ...], kernel: tuple[int, int], stride: tuple[int, int]
-) -> Array:
-    """The adjoint of :func:`im2col`: an image of ``shape`` in which every pixel is the sum of its
-    copies in ``columns``, <im2col(x), columns> = <x, col2im(columns)>."""
-    n, _, _, c = shape
-    groups = len(columns)
-    positions = window_positions(shape, kernel, stride)
-    columns = columns.reshape(groups, n, *positions, *kernel, c // groups)
-    columns = columns.transpose(4, 5, 1, 2, 3, 0, 6)  # (kH, kW, N, H', W', groups, C / groups)
-    if kernel == stride == (1, 1):
-        return columns.reshape(shape)  # every pixel has one copy
-    x = xp_of(columns).zeros(shape, dtype=columns.dtype)
-    for (u, v), pixels in zip(np.ndindex(*kernel), shifted(x, kernel, stride), strict=True):
-        pixels += columns[u, v].reshape(pixels.shape)
-    return x
-
-
-# -- pooling -------------------------------------------------------------------------------------
-
-
-class Pool2d(Function):
-    """Reduces each window of x (N, H, W, C) to one number per channel: -> (N, H', W', C)."""
-
-    def __init__(self, size: Pair, stride: Pair | None = None) -> None:
-        self.size = pair(size, f"{self.name}: size", 1)
-        self.stride = self.size if stride is None else pair(stride, f"{self.name}: stride", 1)
-
-    def shifted(self, x: Array) -> Iterator[Array]:
-        """The pixels at each place in the window; see :func:`shifted`."""
-        return shifted(x, self.size, self.stride)
-
-    def check(self, shape: tuple[int, ...]) -> None:
-        if len(shape) != 4:
-            raise ShapeError(f"{self.name}: input of shape {shape} must be (N, H, W, C)")
-        if min(window_positions(shape, self.size, self.stride)) < 1:
-            raise ShapeError(
-                f"{self.name}: a window of shape {self.size} is larger than the image in an input "
-                f"of shape {shape}"
-            )
-
-
-class MaxPool2d(Pool2d):
-    """y = the largest number in each window;  dL/dx = c at the first place that has it.
-
-    "First" is row by row, as in PyTorch. Complex numbers are compared by their real parts. A window
-    with a NaN gives NaN.
-    """
-
-    def forward(self, x: Array) -> Array:
-        self.check(x.shape)
-        self.shape, xp = x.shape, xp_of(x)
-        first, *others = self.shifted(x)
-        y = first
-        self.place = xp.zeros(y.shape, np.min_scalar_type(len(others)))  # of the largest so far
-        for k, pixels in enumerate(others, start=1):
-            larger = (pixels.real > y.real) | xp.isnan(pixels)
-            y = xp.where(larger, pixels, y)
-            self.place[larger] = k
-        return y
-
-    def backward(self, c: Array) -> Array:
-        dx = xp_of(c).zeros(self.shape, dtype=c.dtype)
-        for k, pixels in enumerate(self.shifted(dx)):
-            pixels += c * (self.place == k)
-        return dx
-
-
-class AvgPool2d(Pool2d):
-    """y = the mean of each window's kH kW numbers;  dL/dx = c / (kH kW) for each of them."""
-
-    def forward(self, x: Array) -> Array:
-        self.check(x.shape)
-        self.shape = x.shape
-        first, *others = self.shifted(x)
-        return sum(others, start=first) / (self.size[0] * self.size[1])
-
-    def backward(self, c: Array) -> Array:
-        share = c / (self.size[0] * self.size[1])
-        dx = xp_of(c).zeros(self.shape, dtype=share.dtype)
-        for pixels in self.shifted(dx):
-            pixels += share
-        return dx

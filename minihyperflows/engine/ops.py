@@ -16,6 +16,7 @@ import numpy as np
 from minihyperflows.engine.backend import Array, device_of, xp_of
 from minihyperflows.engine.errors import DeviceError, ShapeError
 from minihyperflows.engine.graph import Function
+from minihyperflows.engine.threads import BLOCK, add, elementwise
 
 # -- helpers -------------------------------------------------------------------------------------
 
@@ -70,14 +71,14 @@ class Elementwise(Function):
     """A broadcasting operation of two inputs: checks the shapes, sums the gradients back."""
 
     def forward(self, a: Array, b: Array) -> Array:
-        require_broadcast(self.name, _shape(a), _shape(b))
-        self.a, self.b = a, b
+        self.shapes = _shape(a), _shape(b)
+        require_broadcast(self.name, *self.shapes)
         return self.combine(a, b)
 
     def backward(self, c: Array) -> tuple[Array | None, Array | None]:
         return (
-            unbroadcast(self.gradient_a(c), _shape(self.a)) if self.needs[0] else None,
-            unbroadcast(self.gradient_b(c), _shape(self.b)) if self.needs[1] else None,
+            unbroadcast(self.gradient_a(c), self.shapes[0]) if self.needs[0] else None,
+            unbroadcast(self.gradient_b(c), self.shapes[1]) if self.needs[1] else None,
         )
 
     def combine(self, a: Array, b: Array) -> Array:
@@ -94,7 +95,7 @@ class Add(Elementwise):
     """y = a + b;  dL/da = c,  dL/db = c."""
 
     def combine(self, a: Array, b: Array) -> Array:
-        return a + b
+        return add(a, b) if self.shapes[0] == self.shapes[1] != () else a + b
 
     def gradient_a(self, c: Array) -> Array:
         return c
@@ -120,6 +121,7 @@ class Multiply(Elementwise):
     """y = a b;  dL/da = b c,  dL/db = a c."""
 
     def combine(self, a: Array, b: Array) -> Array:
+        self.a, self.b = a, b
         return a * b
 
     def gradient_a(self, c: Array) -> Array:
@@ -133,6 +135,7 @@ class Divide(Elementwise):
     """y = a / b;  dL/da = c / b,  dL/db = -c a / b^2."""
 
     def combine(self, a: Array, b: Array) -> Array:
+        self.a, self.b = a, b
         return a / b
 
     def gradient_a(self, c: Array) -> Array:
@@ -222,16 +225,30 @@ class Sigmoid(Function):
 
 
 class ReLU(Function):
-    """y = max(x, 0);  dL/dx = c where x > 0, else 0 (at the kink x = 0 too, as in PyTorch)."""
+    """y = max(x, 0);  dL/dx = c where x > 0, else 0 (at the kink x = 0 too, as in PyTorch).
+
+    x > 0 where y > 0, so y is all that ``backward`` needs, and the next operation keeps it anyway.
+    """
 
     def forward(self, x: Array) -> Array:
-        self.positive = x.real > 0
+        xp = xp_of(x)
         if x.dtype.kind == "c":
-            return xp_of(x).where(self.positive, x, 0)
-        return xp_of(x).maximum(x, 0)  # a NaN stays one; several times faster than where
+            self.y = xp.where(x.real > 0, x, 0)
+            return self.y
+        x = xp.ascontiguousarray(x)
+        self.y = xp.empty_like(x)
+        # The maximum of two arrays, which keeps a NaN, is vectorised where that of an array and a
+        # number is not: it takes a third of the time.
+        zeros = xp.zeros(min(x.size, BLOCK) if x.size > BLOCK else x.shape, dtype=x.dtype)
+        elementwise(lambda a, y: xp.maximum(a, zeros[: len(a)], out=y), x, self.y)
+        return self.y
 
     def backward(self, c: Array) -> Array:
-        return c * self.positive
+        xp = xp_of(c)
+        c = xp.ascontiguousarray(c)
+        dx = xp.empty_like(c)
+        elementwise(lambda y, c, dx: xp.multiply(c, y.real > 0, out=dx), self.y, c, dx)
+        return dx
 
 
 # -- reductions ----------------------------------------------------------------------------------

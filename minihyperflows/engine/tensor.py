@@ -14,7 +14,7 @@ import numpy as np
 from minihyperflows.engine import ops
 from minihyperflows.engine.backend import Array, device_of, to_device, to_numpy, xp_of
 from minihyperflows.engine.errors import DeviceError, GraphError, NonFiniteLossError, ShapeError
-from minihyperflows.engine.graph import Function, backpropagate, is_recording
+from minihyperflows.engine.graph import Function, Intermediate, backpropagate, is_recording
 
 Axis: TypeAlias = int | tuple[int, ...] | None
 
@@ -244,9 +244,16 @@ def apply(function: Function, *inputs: Any) -> Tensor:
     function.needs = needs if recorded else (False,) * len(needs)
     output = Tensor(function.forward(*arrays))
     if recorded:
-        function.inputs, function.output_shape = inputs, output.shape
+        function.inputs = tuple(_without_values(x) for x in inputs)
+        function.output_shape = output.shape
         output.requires_grad, output.creator = True, function
     return output
+
+
+def _without_values(x: Any) -> Any:
+    """What the graph keeps of an input: leaves and constants as they are."""
+    made = isinstance(x, Tensor) and x.creator is not None
+    return Intermediate(x.creator, x.shape) if made else x
 
 
 def _constant(value: Any) -> Any:

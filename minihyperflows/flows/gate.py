@@ -12,6 +12,7 @@ import numpy as np
 from minihyperflows.engine.backend import Array, xp_of
 from minihyperflows.engine.graph import Function
 from minihyperflows.engine.tensor import Tensor, apply
+from minihyperflows.engine.threads import elementwise
 from minihyperflows.nn import Module, Parameter, Weighted
 
 # The declared derivative of the gate, which has none of its own: a step is flat on both sides. A
@@ -46,16 +47,30 @@ class GatedWeight(Function):
     """
 
     def forward(self, weight: Array, t: Array) -> Array:
-        self.weight, self.mask = weight, is_present(t)
-        return weight * self.mask
+        xp = xp_of(t)
+        self.weight, self.mask = xp.ascontiguousarray(weight), xp.empty(t.shape, bool)
+        gated = xp.empty(t.shape, xp.result_type(weight, t))
+
+        def work(w: Array, t: Array, mask: Array, gated: Array) -> None:
+            mask[...] = is_present(t)
+            xp.multiply(w, mask, out=gated)
+
+        elementwise(work, self.weight, xp.ascontiguousarray(t), self.mask, gated)
+        return gated
 
     def backward(self, c: Array) -> tuple[Array | None, Array | None]:
-        weight_gradient = c * self.mask if self.needs[0] else None
+        xp, c = xp_of(c), xp_of(c).ascontiguousarray(c)
         if not self.needs[1]:
-            return weight_gradient, None
-        flux = c * self.weight
-        flux *= KAPPA
-        return weight_gradient, flux
+            return c * self.mask, None
+        weight_gradient, flux = xp.empty_like(c), xp.empty_like(c)
+
+        def work(w: Array, mask: Array, c: Array, weight_gradient: Array, flux: Array) -> None:
+            xp.multiply(c, mask, out=weight_gradient)
+            xp.multiply(c, w, out=flux)
+            flux *= KAPPA
+
+        elementwise(work, self.weight, self.mask, c, weight_gradient, flux)
+        return weight_gradient if self.needs[0] else None, flux
 
 
 def gate(t: Tensor) -> Tensor:

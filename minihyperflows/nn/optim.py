@@ -1,23 +1,19 @@
 """Optimisers: SGD with momentum, and Adam.
 
 Each rule is written twice. The plain function is the formula; the class runs the same arithmetic
-in blocks that stay in the processor's cache, in place, without temporaries. A test holds the two
-equal.
+in place, block by block (``engine.threads``). A test holds the two equal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from minihyperflows.engine.backend import Array, to_device, to_numpy, xp_of
 from minihyperflows.engine.errors import ShapeError
+from minihyperflows.engine.threads import elementwise
 from minihyperflows.nn.module import Parameter
-
-# Elements per block: four float32 arrays of this length fit into a 256 KiB second-level cache.
-BLOCK = 16384
-
 
 # A decaying mean that gets no new gradients, such as a removed weight's, ends among the subnormal
 # numbers, where arithmetic is many times slower (and stays there: 0.9 times the smallest number
@@ -119,10 +115,12 @@ class Optimizer:
                 state[name] = xp.zeros(p.shape, dtype=p.dtype)
         arrays = [p.data, p.grad, *(state[name] for name in self.slots)]
         flat = [a.reshape(-1) for a in arrays]  # views, except a gradient in another order
-        scratch = xp.empty((2, min(BLOCK, p.data.size)), dtype=p.data.dtype)
-        for block in _blocks(p.data.size):
-            theta, gradient, *slots = (a[block] for a in flat)
-            self._update_block(theta, gradient, slots, step, scratch[:, : theta.size])
+
+        def work(theta: Array, gradient: Array, *slots: Array) -> None:
+            scratch = xp.empty((2, theta.size), dtype=theta.dtype)
+            self._update_block(theta, gradient, list(slots), step, scratch)
+
+        elementwise(work, *flat)
         if step % FLUSH_EVERY == 0:
             for name, decay in self._decays().items():
                 flush_decayed(state[name], decay)
@@ -269,11 +267,6 @@ def flush_decayed(array: Array, decay: float) -> None:
     if 0 < decay < 1:
         limit = xp_of(array).finfo(array.dtype).tiny / decay**FLUSH_EVERY
         array[abs(array) < limit] = 0
-
-
-def _blocks(size: int) -> Iterator[slice]:
-    for start in range(0, size, BLOCK):
-        yield slice(start, start + BLOCK)
 
 
 __all__ = ["SGD", "Adam", "Optimizer", "adam_rule", "sgd_rule"]

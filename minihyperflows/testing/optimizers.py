@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from minihyperflows.engine.threads import BLOCK
 from minihyperflows.nn import Parameter
-from minihyperflows.nn.optim import BLOCK
 from minihyperflows.testing.compare import assert_close
 
 Array = np.ndarray

@@ -1,0 +1,155 @@
+"""The one place that knows about threads.
+
+NumPy computes on one core, but for its matrix products, and it releases Python's lock while it
+computes. So an operation on a large array goes through it block by block (:func:`for_blocks`), and
+a small pool of threads shares the blocks. Blocks help a single core too: what several passes over
+a block read and write stays in its cache.
+
+How the work is cut into blocks never depends on the number of threads, and sums over blocks are
+added up in order. So the results depend on it only where BLAS cuts a single large product itself.
+
+The number of threads is the one that the user has given the BLAS library (``OPENBLAS_NUM_THREADS``,
+``OMP_NUM_THREADS``, threadpoolctl), unless :func:`set_threads` says otherwise. While the pool
+works, BLAS computes each product on the thread that asks for it: two pools would fight.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
+from functools import cache
+from typing import Any, TypeVar
+
+import numpy as np
+from threadpoolctl import ThreadpoolController
+
+from minihyperflows.engine.backend import Array, device_of, xp_of
+
+T = TypeVar("T")
+
+# Elements of a block. Half a MiB in float32: large enough that the turns that threads take at
+# Python's lock (some microseconds each) cost little, small enough for a second-level cache. Of
+# 2^14 ... 2^20, 2^17 was fastest for batch norm and ReLU with two threads.
+BLOCK = 1 << 17
+
+_chosen: int | None = None  # by set_threads
+_working: ContextVar[bool] = ContextVar("working", default=False)  # inside a block already
+
+
+def threads() -> int:
+    """How many threads share the blocks of an operation."""
+    if _chosen is not None:
+        return _chosen
+    return max((library["num_threads"] for library in blas_libraries()), default=1)
+
+
+def set_threads(number: int | None) -> None:
+    """Use ``number`` threads from now on, for blocks and for BLAS; None: as many as BLAS has.
+
+    Raises:
+        ValueError: less than one.
+    """
+    global _chosen
+    if number is not None and number < 1:
+        raise ValueError(f"at least one thread must compute, not {number}")
+    _chosen = number
+    if number is not None:
+        for library in _blas():
+            library.set_num_threads(number)
+
+
+def blas_libraries() -> list[dict[str, Any]]:
+    """What threadpoolctl says of each BLAS library: its name, version, core type and threads."""
+    return [library.info() for library in _blas()]
+
+
+def for_blocks(work: Callable[[slice], T], length: int, block: int) -> list[T]:
+    """``work(slice)`` for each block of ``block`` items out of ``length``: the results, in order.
+
+    The blocks run side by side, so ``work`` must write to its own block only. An exception in one
+    of them is raised here, after the others have ended.
+    """
+    slices = [slice(start, min(start + block, length)) for start in range(0, length, block)]
+    workers = min(threads(), len(slices))
+    if workers < 2 or _working.get():
+        return [work(s) for s in slices]
+    results: list[Any] = [None] * len(slices)
+    waiting = enumerate(slices)  # an iterator's next() is atomic: whoever is free takes a block
+
+    def take_turns() -> None:
+        _working.set(True)
+        for i, block_slice in waiting:
+            results[i] = work(block_slice)
+
+    with _blas_on_one_thread():
+        helpers = [
+            _pool(workers - 1).submit(copy_context().run, take_turns) for _ in range(workers - 1)
+        ]
+        try:
+            copy_context().run(take_turns)
+        finally:
+            errors = [helper.exception() for helper in helpers]
+    for error in errors:
+        if error is not None:
+            raise error
+    return results
+
+
+def rows_per_block(row_size: int, least: int = 1) -> int:
+    """How many rows of ``row_size`` elements make a block of about ``BLOCK``; ``least`` or more."""
+    return max(least, BLOCK // max(1, row_size))
+
+
+def elementwise(work: Callable[..., None], *arrays: Array) -> None:
+    """Call ``work`` on blocks of C-contiguous arrays of one shape: the same block of each array.
+
+    ``work`` takes as many arrays as there are ``arrays`` and writes into some of them. The arrays
+    of a GPU are one block.
+    """
+    if arrays[0].size <= BLOCK or device_of(arrays[0]) != "cpu":
+        work(*arrays)
+        return
+    flat = [a.reshape(-1) for a in arrays]
+    for_blocks(lambda block: work(*(a[block] for a in flat)), flat[0].size, BLOCK)
+
+
+def add(a: Array, b: Array, out: Array | None = None) -> Array:
+    """a + b for arrays of one shape, into ``out`` if given."""
+    if a.size <= BLOCK or device_of(a) != "cpu":
+        return xp_of(a).add(a, b, out=out)
+    out = np.empty(a.shape, np.result_type(a, b)) if out is None else out
+    rows = rows_per_block(a.size // len(a))
+    for_blocks(lambda block: np.add(a[block], b[block], out=out[block]), len(a), rows)
+    return out
+
+
+@contextmanager
+def _blas_on_one_thread() -> Iterator[None]:
+    libraries = _blas()
+    before = [library.get_num_threads() for library in libraries]
+    for library in libraries:
+        library.set_num_threads(1)
+    try:
+        yield
+    finally:
+        for library, number in zip(libraries, before, strict=True):
+            library.set_num_threads(number)
+
+
+@cache
+def _blas() -> tuple[Any, ...]:
+    """The controllers of the loaded BLAS libraries; NumPy has loaded its own by now."""
+    controller = ThreadpoolController().select(user_api="blas")
+    return tuple(controller.lib_controllers)
+
+
+@cache
+def _pool(workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers, thread_name_prefix="minihyperflows")
+
+
+if hasattr(os, "register_at_fork"):  # the threads of a pool do not survive a fork
+    os.register_at_fork(after_in_child=_pool.cache_clear)
