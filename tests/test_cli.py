@@ -1,5 +1,6 @@
 """The command line as a user meets it."""
 
+import json
 import subprocess
 import sys
 
@@ -25,6 +26,13 @@ def test_the_main_job_in_short(tmp_path):
     again = run("prune", "--epochs-scale", "0.03", cwd=tmp_path)
     assert again.returncode == 0
     assert "finished already" in again.stdout
+    other = ["prune", "--epochs-scale", "0.03", "--target-sparsity", "0.9", "--dense-from", folder]
+    assert run(*other, "--out", tmp_path / "b").returncode == 0
+    summary = json.loads((tmp_path / "b" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["dense_from"] == str(folder)
+    refused = run(*other, "--out", tmp_path / "c", "--seed", 3)
+    assert refused.returncode == 2
+    assert "seed 0 there, seed 3 here" in refused.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -34,6 +42,7 @@ def test_the_main_job_in_short(tmp_path):
         (["prune", "--target-sparsity", "98"], ["between 0 and 1", "98"]),
         (["prune", "--epochs-scale", "0"], ["positive"]),
         (["prune", "lenet300-mnist", "--data-dir", "nowhere"], ["nowhere"]),
+        (["prune", "--dense-from", "nowhere"], ["there is no", "nowhere", "dense.safetensors"]),
         (["export", "nowhere", "out.safetensors"], ["no checkpoint at nowhere"]),
         (["collect", "nowhere", "--out", "x.csv"], ["no finished run"]),
     ],

@@ -37,7 +37,8 @@ def test_what_a_run_leaves(finished):
     folder, summary = finished
     left = {str(p.relative_to(folder)).replace(os.sep, "/") for p in folder.rglob("*.*")}
     plots = {f"plots/{name}.png" for name in ("accuracy_density", "pressure", "flips", "layers")}
-    files = {"recipe.json", "metrics.csv", "layers.csv", "checkpoint.safetensors", "summary.json"}
+    files = {"recipe.json", "metrics.csv", "layers.csv", "summary.json"}
+    files |= {"dense.safetensors", "checkpoint.safetensors"}
     assert left == files | plots
     assert json.loads((folder / "summary.json").read_text(encoding="utf-8")) == summary
     assert summary["weights"] == 50_200
@@ -136,6 +137,131 @@ def test_no_resume_starts_over(finished, tmp_path):
     assert rows(tmp_path) == rows(finished[0])
 
 
+# -- the dense network of another run ------------------------------------------------------------
+
+
+SPARSER = RECIPE.with_target(0.98)
+
+
+def without_provenance(summary):
+    own = ("seconds", "date", "dense_from", "commit")
+    return {k: v for k, v in summary.items() if k not in own}
+
+
+def tensors(file):
+    arrays, values = checkpoint.load_checkpoint(file)
+    return {k: (v.dtype, v.shape, v.tobytes()) for k, v in arrays.items()}, values["trainer"]
+
+
+def test_a_dense_network_of_another_run_gives_the_same_result(finished, tmp_path, monkeypatch):
+    """As if the dense network had been trained again: metrics, weights, generator, to the bit."""
+    own = lab.run(SPARSER, tmp_path / "own", progress=False)
+    epochs = []
+    real = runs.Trainer.run_epoch
+    monkeypatch.setattr(runs.Trainer, "run_epoch", lambda t: (epochs.append(t.epoch), real(t))[1])
+    dense_from = finished[0]
+    taken = lab.run(SPARSER, tmp_path / "taken", progress=False, dense_from=dense_from)
+    assert epochs == [2, 3, 4, 5, 6, 7]  # finished before; so none of the two dense epochs was run
+    assert without_provenance(taken) == without_provenance(own)
+    assert (taken["dense_from"], own["dense_from"]) == (str(dense_from), None)
+    assert rows(tmp_path / "taken") == rows(tmp_path / "own")
+    for name in ("dense.safetensors", "checkpoint.safetensors"):
+        assert tensors(tmp_path / "taken" / name) == tensors(tmp_path / "own" / name)
+    # it can be handed on: the third run begins with the second's copy
+    again = lab.run(RECIPE, tmp_path / "again", progress=False, dense_from=tmp_path / "taken")
+    assert without_provenance(again) == without_provenance(finished[1])
+
+
+def test_a_run_with_another_ones_dense_network_continues_without_it(
+    finished, tmp_path, monkeypatch
+):
+    class Killed(BaseException):
+        pass
+
+    def killed(self):
+        raise Killed
+
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "dense.safetensors").write_bytes((finished[0] / "dense.safetensors").read_bytes())
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Trainer, "run_epoch", killed)
+        with pytest.raises(Killed):
+            lab.run(RECIPE, tmp_path / "run", progress=False, dense_from=copy)
+    assert len(rows(tmp_path / "run")) == 2
+    (copy / "dense.safetensors").unlink()
+    summary = lab.run(RECIPE, tmp_path / "run", progress=False, dense_from=copy)
+    assert rows(tmp_path / "run") == rows(finished[0])
+    assert summary["dense_from"] == str(copy)
+
+
+def changed(part, **values):
+    return dataclasses.replace(
+        RECIPE, **{part: dataclasses.replace(getattr(RECIPE, part), **values)}
+    )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "seed", "difference"),
+    [
+        (RECIPE, 1, r"seed 0 there, seed 1 here"),
+        (changed("dense", lr=2e-3), 0, r"dense\.lr 0\.001 there, dense\.lr 0\.002 here"),
+        (changed("dense", epochs=3), 0, r"dense\.epochs 2 there, dense\.epochs 3 here"),
+        (dataclasses.replace(RECIPE, batch_size=64), 0, r"batch_size 32 there, batch_size 64 here"),
+        (dataclasses.replace(RECIPE, dtype="float64"), 0, "dtype float32 there"),
+    ],
+)
+def test_another_dense_network_is_refused(recipe, seed, difference, finished, tmp_path):
+    with pytest.raises(lab.UserError, match=difference) as error:
+        lab.run(recipe, tmp_path / "run", seed=seed, progress=False, dense_from=finished[0])
+    assert str(finished[0]) in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        RECIPE.with_target(0.9),
+        changed("pruning", lr=2e-3),
+        changed("regrowth", epochs=3),
+        changed("presence", lr=1e-2),
+        changed("pressure", step=0.3),
+        dataclasses.replace(RECIPE, name="another", authors_timeline=True, deviations=()),
+    ],
+)
+def test_what_comes_after_the_dense_stage_may_differ(recipe):
+    assert recipe.dense_settings() == RECIPE.dense_settings()
+    assert recipe != RECIPE
+
+
+def test_where_there_is_no_dense_network(finished, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(lab.UserError, match=r"there is no .*dense\.safetensors.*--dense-from"):
+        lab.run(RECIPE, out, progress=False, dense_from=tmp_path / "nowhere")
+    with pytest.raises(lab.UserError, match="has no dense stage"):
+        lab.run(changed("dense", epochs=0), out, progress=False, dense_from=finished[0])
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "dense.safetensors").write_bytes(b"PK\x03\x04")
+    with pytest.raises(lab.UserError, match=r"cannot read .*; leave out --dense-from"):
+        lab.run(RECIPE, out, progress=False, dense_from=broken)
+    assert not out.exists()
+
+
+def test_a_refused_start_over_removes_nothing(finished, tmp_path):
+    lab.run(RECIPE, tmp_path, progress=False, dense_from=finished[0])
+    before = {p.name: p.read_bytes() for p in tmp_path.glob("*.*")}
+    with pytest.raises(lab.UserError, match="seed 0 there"):
+        lab.run(RECIPE, tmp_path, seed=1, resume=False, progress=False, dense_from=finished[0])
+    assert {p.name: p.read_bytes() for p in tmp_path.glob("*.*")} == before
+    # a run may even be started over from its own dense network
+    lab.run(SPARSER, tmp_path, resume=False, progress=False, dense_from=tmp_path)
+    assert (tmp_path / "dense.safetensors").read_bytes()
+
+
+# -- what can go wrong ---------------------------------------------------------------------------
+
+
 def damaged(content):
     yield b""
     yield content[:100]
@@ -161,7 +287,7 @@ def test_a_full_disk_costs_nothing_but_the_epoch(finished, tmp_path, monkeypatch
 
     def full_after_three(descriptor):
         recorded.append(descriptor)
-        if len(recorded) > 4:  # recipe.json and three checkpoints fit
+        if len(recorded) > 5:  # recipe.json, three checkpoints and the dense network fit
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 

@@ -71,13 +71,19 @@ def save_checkpoint(path: Path, arrays: dict[str, np.ndarray], values: dict[str,
     write_atomically(path, save(contiguous, metadata))
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def load_checkpoint(
+    path: Path, advice: str = "start over with --no-resume"
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """What :func:`save_checkpoint` wrote.
+
+    Args:
+        path: the file.
+        advice: what to do if it cannot be read; ends the error's line.
 
     Raises:
         UserError: the file is missing, damaged, or no checkpoint of this program.
     """
-    with _readable(path) as file:
+    with _readable(path, advice) as file:
         metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT:
             raise UserError(f"{path} is not a checkpoint of minihyperflows")
@@ -86,11 +92,9 @@ def load_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[Any]:
+def _readable(path: Path, advice: str) -> Iterator[Any]:
     try:
         with safe_open(path, framework="numpy") as file:
             yield file
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise UserError(
-            f"cannot read the checkpoint {path}: {error}; start over with --no-resume"
-        ) from error
+        raise UserError(f"cannot read the checkpoint {path}: {error}; {advice}") from error

@@ -82,6 +82,12 @@ def _add_prune(commands: Any) -> None:
         help="make every stage X times as long",
     )
     prune.add_argument(
+        "--dense-from",
+        type=Path,
+        metavar="FOLDER",
+        help="begin with the dense network of this run (same settings and seed), not a new one",
+    )
+    prune.add_argument(
         "--no-resume", action="store_true", help="start over, replacing what is in the folder"
     )
     prune.set_defaults(command=prune_network)
@@ -117,6 +123,7 @@ def prune_network(options: argparse.Namespace) -> None:
         device=options.device,
         seed=options.seed,
         resume=not options.no_resume,
+        dense_from=options.dense_from,
     )
     print(summary_table(summary))
     print(f"records and plots: {out}")

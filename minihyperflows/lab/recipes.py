@@ -16,6 +16,12 @@ from minihyperflows.lab.errors import UserError
 
 SCHEDULES = ("constant", "cosine", "multistep")
 
+# Fields of a recipe that do not bear on its dense stage.
+AFTER_DENSE = (
+    *("name", "target_sparsity", "pruning", "regrowth", "presence", "pressure"),
+    *("authors_timeline", "deviations"),
+)
+
 
 def scheduled_lr(schedule: str, start: float, end: float, done: float) -> float:
     """The learning rate after the fraction ``done`` of a stage."""
@@ -185,6 +191,10 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """The recipe as plain JSON types."""
         return dataclasses.asdict(self)
+
+    def dense_settings(self) -> dict[str, Any]:
+        """The part of :meth:`to_json` that decides, with the seed, what the dense network is."""
+        return {name: v for name, v in self.to_json().items() if name not in AFTER_DENSE}
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Recipe:

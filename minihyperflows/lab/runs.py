@@ -1,7 +1,8 @@
 """A run: one experiment in a folder of its own, that can be killed and continued at any moment.
 
 The folder holds ``recipe.json``, ``metrics.csv`` (a row per epoch), ``layers.csv`` (a row per epoch
-and layer), ``checkpoint.safetensors``, and at the end ``summary.json`` and ``plots/*.png``.
+and layer), ``checkpoint.safetensors``, after the dense stage ``dense.safetensors``, and
+at the end ``summary.json`` and ``plots/*.png``. See :class:`RunFolder`.
 """
 
 from __future__ import annotations
@@ -49,7 +50,18 @@ LAYER_FIELDS = tuple(f.name for f in dataclasses.fields(LayerFlow))
 
 
 class RunFolder:
-    """The files of one run."""
+    """The files of one run.
+
+    Attributes:
+        recipe: ``recipe.json``, everything that defines the experiment.
+        metrics: ``metrics.csv``, a row per epoch.
+        layers: ``layers.csv``, a row per epoch and gated layer.
+        checkpoint: ``checkpoint.safetensors``, the state that an interrupted run continues from.
+        dense: ``dense.safetensors``, the checkpoint at the end of the dense stage, which other runs
+            can begin with (``dense_from``).
+        summary: ``summary.json``, the results; it is there once the run is finished.
+        plots: ``plots``, a folder of figures.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -57,6 +69,7 @@ class RunFolder:
         self.metrics = path / "metrics.csv"
         self.layers = path / "layers.csv"
         self.checkpoint = path / "checkpoint.safetensors"
+        self.dense = path / "dense.safetensors"
         self.summary = path / "summary.json"
         self.plots = path / "plots"
 
@@ -73,11 +86,24 @@ class RunFolder:
 
     def forget(self) -> None:
         """Remove what an earlier run left, the checkpoint last."""
-        for file in (self.summary, self.metrics, self.layers, self.recipe, self.checkpoint):
+        tables = (self.summary, self.metrics, self.layers, self.recipe)
+        for file in (*tables, self.dense, self.checkpoint):
             try:
                 file.unlink(missing_ok=True)
             except OSError as error:
                 raise UserError(f"cannot remove {file}: {error.strerror}") from error
+
+
+@dataclasses.dataclass
+class _Run:
+    """A run that is not finished: what defines it, and how far it has come."""
+
+    folder: RunFolder
+    trainer: Trainer
+    seed: int
+    device: str
+    dense_from: str | None = None  # the folder of the run that trained the dense network
+    records: list[EpochRecord] = dataclasses.field(default_factory=list)
 
 
 def run(
@@ -88,6 +114,7 @@ def run(
     seed: int = 0,
     resume: bool = True,
     progress: bool = True,
+    dense_from: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Run ``recipe`` in the folder ``out`` and return its summary.
 
@@ -103,24 +130,31 @@ def run(
         seed: of the generator that all random numbers come from.
         resume: False starts over and replaces what is in the folder.
         progress: show a progress bar on standard error.
+        dense_from: the folder of a run whose dense stage was trained with the same settings and
+            seed. Its dense network and the metrics of its dense epochs are used instead of training
+            another, with the same result, bit for bit. A run that is continued has its dense
+            network already and does not look there.
 
     Raises:
-        UserError: the folder holds another experiment, the data are missing or damaged, the disk is
-            full, or the loss is no longer finite. One line that says what to do.
+        UserError: the folder holds another experiment, ``dense_from`` another dense network, the
+            data are missing or damaged, the disk is full, or the loss is no longer finite. One line
+            that says what to do.
     """
     recipe = recipe if isinstance(recipe, Recipe) else find(recipe)
     folder = RunFolder(Path(out))
-    if not resume:
-        folder.forget()
-    elif folder.summary.exists():
+    if resume and folder.summary.exists():
         summary = read_json(folder.summary)
         _require_same(folder, summary, recipe, seed, device)
         return summary
     data = load(recipe.dataset, data_dir)
-    trainer, records = _start(folder, recipe, data, seed, device)
-    _train(trainer, records, folder, seed, device, progress)
-    summary = summarise(trainer, records, seed, device)
-    _draw(folder, records)
+    state = _Run(folder, _new_trainer(recipe, data, seed, device), seed, device)
+    if resume and folder.checkpoint.exists():
+        _continue(state)
+    else:
+        _begin(state, dense_from)
+    _train(state, progress)
+    summary = summarise(state.trainer, state.records, seed, device, state.dense_from)
+    _draw(folder, state.records)
     write_json(folder.summary, summary)  # last: its presence says that the run is finished
     return summary
 
@@ -128,22 +162,63 @@ def run(
 # -- starting and continuing ---------------------------------------------------------------------
 
 
-def _start(
-    folder: RunFolder, recipe: Recipe, data: Dataset, seed: int, device: str
-) -> tuple[Trainer, list[EpochRecord]]:
-    """A trainer, new or continued from the folder's checkpoint, with the records so far."""
+def _new_trainer(recipe: Recipe, data: Dataset, seed: int, device: str) -> Trainer:
     rng = np.random.default_rng(seed)
-    net = build_network(recipe, data, rng).to(device)
-    trainer, records = Trainer(net, data, recipe, rng), []
-    if folder.checkpoint.exists():
-        arrays, values = load_checkpoint(folder.checkpoint)
-        _require_same(folder, values, recipe, seed, device)
-        trainer.load_state_dict(arrays, values["trainer"])
-        records = [_record_from_json(r) for r in values["records"]]
-    folder.create()
-    write_json(folder.recipe, recipe.to_json())
-    _write_tables(folder, records)
-    return trainer, records
+    return Trainer(build_network(recipe, data, rng).to(device), data, recipe, rng)
+
+
+def _continue(run: _Run) -> None:
+    """Go on from the folder's checkpoint."""
+    arrays, values = load_checkpoint(run.folder.checkpoint)
+    _require_same(run.folder, values, run.trainer.recipe, run.seed, run.device)
+    _restore(run, arrays, values)
+    run.dense_from = values.get("dense_from")
+    _write_tables(run.folder, run.records)
+
+
+def _begin(run: _Run, dense_from: str | os.PathLike[str] | None) -> None:
+    """Start a run, replacing what is in its folder, with another run's dense network or without."""
+    checkpoint = None if dense_from is None else _dense_checkpoint(run, Path(dense_from))
+    run.folder.create()
+    run.folder.forget()
+    write_json(run.folder.recipe, run.trainer.recipe.to_json())
+    if dense_from is not None and checkpoint is not None:
+        _restore(run, *checkpoint)
+        run.dense_from = os.fspath(dense_from)
+        _save(run)
+    _write_tables(run.folder, run.records)
+
+
+def _restore(run: _Run, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> None:
+    """Bring the trainer and the records to the state of a checkpoint."""
+    run.trainer.load_state_dict(arrays, values["trainer"])
+    run.records = [_record_from_json(r) for r in values["records"]]
+
+
+def _dense_checkpoint(run: _Run, path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """What the run in the folder ``path`` kept at the end of its dense stage.
+
+    Raises:
+        UserError: it kept nothing, or its dense stage was not what the one of ``run`` would be.
+    """
+    recipe, file = run.trainer.recipe, RunFolder(path).dense
+    if not recipe.dense.epochs:
+        raise UserError(f"{recipe.name} has no dense stage: leave out --dense-from")
+    if not file.exists():
+        raise UserError(
+            f"there is no {file}: a run writes it at the end of its dense stage; "
+            "give the folder of one, or leave out --dense-from"
+        )
+    arrays, values = load_checkpoint(file, advice="leave out --dense-from")
+    there = Recipe.from_json(values["recipe"]).dense_settings()
+    there |= {"seed": values["seed"], "device": values["device"]}
+    here = recipe.dense_settings() | {"seed": run.seed, "device": run.device}
+    if difference := _first_difference(there, here):
+        raise UserError(
+            f"{path} has another dense network ({difference}): give the folder of a run with the "
+            "same settings, or leave out --dense-from"
+        )
+    return arrays, values
 
 
 def _require_same(
@@ -190,30 +265,28 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 # -- the epochs ----------------------------------------------------------------------------------
 
 
-def _train(
-    trainer: Trainer,
-    records: list[EpochRecord],
-    folder: RunFolder,
-    seed: int,
-    device: str,
-    progress: bool,
-) -> None:
+def _train(run: _Run, progress: bool) -> None:
     """Run the remaining epochs, saving every few seconds and at the end."""
-    total = trainer.recipe.timeline.epochs
+    trainer = run.trainer
     bar = tqdm(
-        total=total, initial=trainer.epoch, disable=not progress, unit="epoch", dynamic_ncols=True
+        total=trainer.recipe.timeline.epochs,
+        initial=trainer.epoch,
+        disable=not progress,
+        unit="epoch",
+        dynamic_ncols=True,
     )
     saved = time.monotonic()
     with bar:
         while not trainer.finished:
             try:
-                records.append(trainer.run_epoch())
+                run.records.append(trainer.run_epoch())
             except NonFiniteLossError as error:
-                raise UserError(_divergence_message(error, folder)) from error
-            if trainer.finished or time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
-                _save(trainer, records, folder, seed, device)
+                raise UserError(_divergence_message(error, run.folder)) from error
+            at_the_end = trainer.finished or trainer.epoch == trainer.recipe.timeline.dense
+            if at_the_end or time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+                _save(run)
                 saved = time.monotonic()
-            bar.set_postfix_str(_progress_text(records[-1]), refresh=False)
+            bar.set_postfix_str(_progress_text(run.records[-1]), refresh=False)
             bar.update()
 
 
@@ -231,20 +304,25 @@ def _divergence_message(error: NonFiniteLossError, folder: RunFolder) -> str:
     return f"{error}; the last good checkpoint is {folder.checkpoint}, after epoch {epoch}"
 
 
-def _save(
-    trainer: Trainer, records: list[EpochRecord], folder: RunFolder, seed: int, device: str
-) -> None:
-    """The checkpoint first: it holds the records too, so the tables can always be made from it."""
-    arrays, state = trainer.state_dict()
+def _save(run: _Run) -> None:
+    """The checkpoint first: it holds the records too, so the tables can always be made from it.
+
+    Before it, at the end of the dense stage, the same under another name: a run that is killed in
+    between goes back to an earlier checkpoint and comes through here again.
+    """
+    arrays, state = run.trainer.state_dict()
     values = {
-        "recipe": _as_json(trainer.recipe),
-        "seed": seed,
-        "device": device,
+        "recipe": _as_json(run.trainer.recipe),
+        "seed": run.seed,
+        "device": run.device,
+        "dense_from": run.dense_from,
         "trainer": state,
-        "records": [dataclasses.asdict(r) for r in records],
+        "records": [dataclasses.asdict(r) for r in run.records],
     }
-    save_checkpoint(folder.checkpoint, arrays, values)
-    _write_tables(folder, records)
+    if run.trainer.epoch == run.trainer.recipe.timeline.dense:
+        save_checkpoint(run.folder.dense, arrays, values)
+    save_checkpoint(run.folder.checkpoint, arrays, values)
+    _write_tables(run.folder, run.records)
 
 
 def _record_from_json(values: dict[str, Any]) -> EpochRecord:
@@ -281,7 +359,11 @@ def _draw(folder: RunFolder, records: list[EpochRecord]) -> None:
 
 
 def summarise(
-    trainer: Trainer, records: list[EpochRecord], seed: int, device: str
+    trainer: Trainer,
+    records: list[EpochRecord],
+    seed: int,
+    device: str,
+    dense_from: str | None = None,
 ) -> dict[str, Any]:
     """What came out of a finished run, and what it was run with. Fractions, not per cent."""
     per_layer = counts(trainer.net)
@@ -296,6 +378,7 @@ def summarise(
         "seed": seed,
         "device": device,
         "dtype": trainer.recipe.dtype,
+        "dense_from": dense_from,
         "dense_accuracy": dense_epochs[-1].test_accuracy if dense_epochs else None,
         "test_accuracy": records[-1].test_accuracy,
         "sparsity": 1 - remaining / weights,
