@@ -8,9 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 import minihyperflows
 from minihyperflows.engine import DeviceError
-from minihyperflows.lab.checkpoint import load_checkpoint, write_atomically
+from minihyperflows.lab.bench import NETWORKS, BenchSettings, measure
+from minihyperflows.lab.bench_table import table
+from minihyperflows.lab.checkpoint import load_checkpoint, write_atomically, write_json
 from minihyperflows.lab.data import NAMES
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import RECIPES, Recipe, find
@@ -43,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=minihyperflows.__version__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_prune(commands)
+    _add_bench(commands)
     recipes = commands.add_parser("recipes", help="list the recipes")
     recipes.set_defaults(command=list_recipes)
     info = commands.add_parser("info", help="print versions and whether a GPU can be used")
@@ -91,6 +96,20 @@ def _add_prune(commands: Any) -> None:
         "--no-resume", action="store_true", help="start over, replacing what is in the folder"
     )
     prune.set_defaults(command=prune_network)
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser("bench", help="time training steps, beside PyTorch's")
+    names = ", ".join(NETWORKS)
+    bench.add_argument("networks", nargs="*", metavar="NETWORK", help=f"of {names}; default all")
+    bench.add_argument("--layers", action="store_true", help="also time each convolution shape")
+    bench.add_argument("--rounds", type=int, default=BenchSettings.rounds, metavar="N")
+    bench.add_argument("--batch", type=int, metavar="N", help="default: each network's own")
+    bench.add_argument("--width", type=float, default=1.0, metavar="X", help="scales the channels")
+    bench.add_argument("--threads", type=int, metavar="N", help="default 2, or 1 on a single core")
+    bench.add_argument("--no-torch", action="store_false", dest="torch", help="ours alone")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the record, samples too")
+    bench.set_defaults(command=bench_networks)
 
 
 def _seed(text: str) -> int:
@@ -183,6 +202,26 @@ def print_info(_: argparse.Namespace) -> None:
     gpu = "available" if minihyperflows.cuda_available() else "not available"
     print(f"{'GPU (CuPy)':<16}{gpu}")
     print(f"{'data sets':<16}{', '.join(NAMES)}")
+
+
+def bench_networks(options: argparse.Namespace) -> None:
+    """``bench``: time the pruning steps of networks, beside PyTorch's, and print a table."""
+    settings = BenchSettings(
+        networks=tuple(options.networks) or tuple(NETWORKS),
+        layers=options.layers,
+        rounds=options.rounds,
+        batch=options.batch,
+        width=options.width,
+        threads=options.threads,
+        torch=options.torch,
+    )
+    if options.json and not options.json.parent.is_dir():  # say so before minutes of work
+        raise UserError(f"cannot write {options.json}: there is no folder {options.json.parent}")
+    with tqdm(bar_format="{elapsed} {desc}", dynamic_ncols=True, leave=False) as line:
+        record = measure(settings, progress=line.set_description_str)
+    print(table(record))
+    if options.json:
+        write_json(options.json, record)
 
 
 def collect_records(options: argparse.Namespace) -> None:

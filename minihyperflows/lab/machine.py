@@ -1,0 +1,82 @@
+"""What a measurement ran on: processor, BLAS library, environment; and memory in use."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from minihyperflows.engine.threads import blas_libraries
+
+# What makes a BLAS library choose other kernels or another number of threads.
+VARIABLES = ("OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores, load, BLAS libraries and the variables that steer them, as JSON types.
+
+    ``load`` is the mean number of processes that were running during the last minute; None on
+    Windows.
+    """
+    return {
+        "cpu": cpu_model(),
+        "cores": os.cpu_count() or 1,
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "blas": [_blas_entry(library) for library in blas_libraries()],
+        "environment": {name: os.environ.get(name) for name in VARIABLES},
+    }
+
+
+def _blas_entry(library: dict[str, Any]) -> dict[str, Any]:
+    """The entry without the path of the file, which names somebody's folders."""
+    return {
+        "library": library["internal_api"],
+        "version": library.get("version"),
+        "core_type": library.get("architecture"),
+        "threads": library["num_threads"],
+    }
+
+
+def cpu_model() -> str:
+    """The processor's name as the system gives it; its architecture where there is none."""
+    try:
+        if sys.platform == "linux":
+            name = _cpu_of_linux()
+        elif sys.platform == "darwin":
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            name = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        else:
+            name = platform.processor()
+    except OSError:  # not readable, or no such command
+        name = ""
+    return name or platform.machine()
+
+
+def _cpu_of_linux() -> str:
+    found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return found[1].strip() if found else ""
+
+
+def peak_memory() -> int | None:
+    """The most memory that this process has had resident so far, in bytes; None where unknown.
+
+    Linux has two such numbers. That of getrusage is no use here: a new process inherits it from
+    the one that started it. VmHWM starts anew with each program.
+    """
+    if sys.platform == "linux":
+        found = re.search(
+            r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE
+        )
+        if found:
+            return 1024 * int(found[1])
+    try:
+        resource = importlib.import_module("resource")
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
