@@ -133,6 +133,7 @@ def test_the_functions_of_one_signature_agree():
     ("x", "weight", "stride", "groups", "dtype", "way"),
     [
         ((64, 32, 32, 64), (64, 3, 3, 64), 1, 1, np.float32, "winograd4"),
+        ((64, 4, 4, 512), (512, 3, 3, 512), 1, 1, np.float32, "winograd2"),
         ((64, 2, 2, 512), (512, 3, 3, 512), 1, 1, np.float32, "winograd2"),
         ((64, 1, 1, 512), (512, 3, 3, 512), 1, 1, np.float32, "im2col"),
         ((64, 32, 32, 3), (64, 3, 3, 3), 1, 1, np.float32, "im2col"),

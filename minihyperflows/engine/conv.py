@@ -89,9 +89,10 @@ def choose_way(
 
     - Winograd needs 3x3 filters, stride 1 and one group. Its transforms cost as much for each
       channel as 36 multiplications do, so they pay from about 16 channels on both sides.
-    - F(4x4) does 4 times fewer multiplications than the definition, F(2x2) 2.25 times. A map of
-      2x2 fills a quarter of a 4x4 tile, so there F(2x2) is faster; a map of one pixel is a product
-      with the middle of the filter, in which Winograd's tiles waste even more.
+    - F(4x4) does 4 times fewer multiplications than the definition, F(2x2) 2.25 times. But F(4x4)
+      also transforms every filter to 36 numbers instead of 16, for few tiles where the map is
+      small: up to 4x4 pixels F(2x2) is faster. On a map of one pixel only the middle of a filter
+      counts, and either wastes too much.
     - Half precision is too coarse for F(4x4)'s matrices.
     """
     if not can_winograd(weight_shape, stride, groups) or dtype.itemsize < 4:
@@ -99,7 +100,7 @@ def choose_way(
     positions = window_positions(x_shape, weight_shape[1:3], stride, padding)
     if min(weight_shape[0], weight_shape[3]) < 16 or max(positions) < 2:
         return "im2col"
-    return "winograd2" if max(positions) == 2 else "winograd4"
+    return "winograd2" if max(positions) <= 4 else "winograd4"
 
 
 def can_winograd(weight_shape: tuple[int, ...], stride: tuple[int, int], groups: int) -> bool:

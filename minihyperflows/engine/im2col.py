@@ -7,14 +7,16 @@ import math
 import numpy as np
 
 from minihyperflows.engine.backend import Array, device_of, xp_of
-from minihyperflows.engine.threads import for_blocks, rows_per_block
+from minihyperflows.engine.threads import (
+    LARGEST_SCRATCH,
+    for_blocks,
+    rows_per_block,
+    sum_over_parts,
+)
 from minihyperflows.engine.windows import pad, shifted, window_positions, windows
 
 # Fewer rows than this in a product, and reading the filters costs more than multiplying by them.
 LEAST_ROWS = 256
-
-# The gradient of the filters needs the windows of many images at once: at most this many elements.
-LARGEST_COLUMNS = 1 << 24
 
 
 class Im2col:
@@ -79,17 +81,16 @@ class Im2col:
 
     def weight_gradient(self, c: Array, x: Array) -> Array:
         """dL/dW (C_out, kH, kW, C_in / groups)."""
-        depth = math.prod(self.weight_shape[1:])
-        per_image = self.positions[0] * self.positions[1] * depth * self.groups
-        step = max(1, LARGEST_COLUMNS // max(1, per_image))
         if self.is_view():
             step = len(x)
-        total = None
-        for start in range(0, len(x), step):
-            images = slice(start, start + step)
-            part = cross_product(self.rows(c[images]), self.all_columns(x[images]))
-            total = part if total is None else total + part
-        return total.reshape(self.weight_shape)
+        else:
+            depth = math.prod(self.weight_shape[1:]) * self.groups
+            step = max(1, LARGEST_SCRATCH // (self.positions[0] * self.positions[1] * depth))
+
+        def work(part: slice) -> Array:
+            return cross_product(self.rows(c[part]), self.all_columns(x[part]))
+
+        return sum_over_parts(work, len(x), step).reshape(self.weight_shape)
 
     def is_view(self) -> bool:
         """Whether the windows are the pixels as they lie in memory, so that X costs nothing."""

@@ -35,6 +35,11 @@ T = TypeVar("T")
 # 2^14 ... 2^20, 2^17 was fastest for batch norm and ReLU with two threads.
 BLOCK = 1 << 17
 
+# Elements of the largest scratch array of an operation, 16 MiB in float32. From 32 MiB on the C
+# library asks the system for every array anew, which hands it out page by page: on some machines
+# that takes longer than what is then computed.
+LARGEST_SCRATCH = 1 << 22
+
 _chosen: int | None = None  # by set_threads
 _working: ContextVar[bool] = ContextVar("working", default=False)  # inside a block already
 
@@ -96,6 +101,18 @@ def for_blocks(work: Callable[[slice], T], length: int, block: int) -> list[T]:
         if error is not None:
             raise error
     return results
+
+
+def sum_over_parts(work: Callable[[slice], Array], length: int, step: int) -> Array:
+    """The sum of ``work(slice)`` over parts of ``step`` items, one after another.
+
+    For what needs a large scratch array for each item and uses all threads inside.
+    """
+    total = None
+    for start in range(0, length, step):
+        part = work(slice(start, min(start + step, length)))
+        total = part if total is None else add(total, part, out=total)
+    return total
 
 
 def rows_per_block(row_size: int, least: int = 1) -> int:

@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 
 from minihyperflows.engine.backend import Array, device_of, xp_of
-from minihyperflows.engine.threads import for_blocks, rows_per_block
+from minihyperflows.engine.threads import LARGEST_SCRATCH, for_blocks, rows_per_block, sum_over_parts
 from minihyperflows.engine.windows import windows
 
 # Where the polynomials are evaluated, besides infinity: the first m + 1 of them for F(m x m).
@@ -33,12 +33,12 @@ class Winograd:
     definition has 9 m^2. Summed over input channels, the element-wise products are matrix
     products, one for each of the (m + 2)^2 elements p:
 
-        U[p] = (G w G^T)[p] (C_in, C_out),  V[p] = (B^T d B)[p] (tiles, C_in),  M[p] = V[p] U[p].
+        U[p] = (G w G^T)[p] (C_out, C_in),  V[p] = (B^T d B)[p] (tiles, C_in),  M[p] = V[p] U[p]^T.
 
     Every step is linear, so the gradients are the transposed steps in reverse order: with
     dM = A c A^T for the tiles of the cotangent,
 
-        dU[p] = V[p]^T dM[p],   dw = G^T dU G,   dV[p] = dM[p] U[p]^T,   dd = B dV B^T,
+        dU[p] = dM[p]^T V[p],   dw = G^T dU G,   dV[p] = dM[p] U[p],   dd = B dV B^T,
 
     and dx adds up the overlapping tiles dd. Both sides of a transform are one product with a
     Kronecker product, vec(P d Q^T) = (P x Q) vec(d), a small matrix.
@@ -71,7 +71,7 @@ class Winograd:
         """y (N, H', W', C_out)."""
         xp = xp_of(x)
         dtype = xp.result_type(x, weight)
-        u = self.transform_filters(weight)
+        u = self.transform_filters(weight).swapaxes(1, 2)
         y = xp.empty(self.y_shape, dtype)
 
         def work(images: slice) -> None:
@@ -84,18 +84,28 @@ class Winograd:
     def input_gradient(self, c: Array, weight: Array) -> Array:
         """dL/dx (N, H, W, C_in)."""
         xp = xp_of(c)
-        transposed = self.transform_filters(weight).swapaxes(1, 2)
+        u = self.transform_filters(weight)
         dx = xp.empty(self.x_shape, xp.result_type(c, weight))
 
         def work(images: slice) -> None:
             dm = self.transform_cotangents(c[images])
-            self.add_tiles(xp.matmul(dm, transposed), dx[images])
+            self.add_tiles(xp.matmul(dm, u), dx[images])
 
         for_blocks(work, len(c), self.images_per_block(c))
         return dx
 
     def weight_gradient(self, c: Array, x: Array) -> Array:
         """dL/dW (C_out, 3, 3, C_in)."""
+        tiles = self.tiles[0] * self.tiles[1]
+        step = LARGEST_SCRATCH // (self.points * tiles * max(self.channels, self.filters))
+        return self.filter_gradients(
+            sum_over_parts(
+                lambda part: self.transformed_gradient(c[part], x[part]), len(x), max(1, step)
+            )
+        )
+
+    def transformed_gradient(self, c: Array, x: Array) -> Array:
+        """dU of some images, ((m + 2)^2, C_out, C_in)."""
         xp = xp_of(x)
         per_image = self.tiles[0] * self.tiles[1]
         v = xp.empty((self.points, len(x) * per_image, self.channels), x.dtype)
@@ -113,18 +123,32 @@ class Winograd:
             xp.matmul(dm[p].swapaxes(1, 2), v[p], out=du[p])
 
         for_blocks(multiply, self.points, self.points if device_of(x) != "cpu" else 1)
-        g = self.matrix("G", du)  # ((m + 2)^2, 9)
-        dw = g.T @ du.reshape(self.points, -1)  # (9, C_out C_in)
-        dw = dw.reshape(9, self.filters, self.channels).swapaxes(0, 1)
-        return xp.ascontiguousarray(dw).reshape(self.filters, 3, 3, self.channels)
+        return du
 
     # -- the transforms --------------------------------------------------------------------------
 
     def transform_filters(self, weight: Array) -> Array:
-        """U = G w G^T of every filter: ((m + 2)^2, C_in, C_out)."""
-        w = weight.reshape(self.filters, 9, self.channels).transpose(1, 2, 0)  # (9, C_in, C_out)
-        u = self.matrix("G", weight) @ w.reshape(9, -1)
-        return u.reshape(self.points, self.channels, self.filters)
+        """U = G w G^T of every filter: ((m + 2)^2, C_out, C_in)."""
+        xp, g = xp_of(weight), self.matrix("G", weight)  # ((m + 2)^2, 9)
+        w = weight.reshape(self.filters, 9, self.channels)
+        u = xp.empty((self.points, self.filters, self.channels), weight.dtype)
+
+        def work(some: slice) -> None:
+            xp.matmul(g, w[some], out=u[:, some].swapaxes(0, 1))
+
+        for_blocks(work, self.filters, self.filters_per_block(weight))
+        return u
+
+    def filter_gradients(self, du: Array) -> Array:
+        """dw = G^T dU G of every filter: (C_out, 3, 3, C_in)."""
+        xp, g = xp_of(du), self.matrix("G", du)
+        dw = xp.empty((self.filters, 9, self.channels), du.dtype)
+
+        def work(some: slice) -> None:
+            xp.matmul(g.T, du[:, some].swapaxes(0, 1), out=dw[some])
+
+        for_blocks(work, self.filters, self.filters_per_block(du))
+        return dw.reshape(self.filters, 3, 3, self.channels)
 
     def transform_images(self, x: Array, out: Array | None = None) -> Array:
         """V = B^T d B of every tile of some images: ((m + 2)^2, tiles, C_in)."""
@@ -200,6 +224,11 @@ class Winograd:
             return max(1, len(x))
         tiles = self.tiles[0] * self.tiles[1]
         return max(1, rows_per_block(self.points * max(self.channels, self.filters), 64) // tiles)
+
+    def filters_per_block(self, weight: Array) -> int:
+        if device_of(weight) != "cpu":
+            return self.filters
+        return rows_per_block(self.points * self.channels)
 
     def matrix(self, name: str, like: Array) -> Array:
         """The Kronecker square of B^T, G or A^T, with the dtype and on the device of ``like``."""
