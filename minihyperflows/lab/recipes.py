@@ -316,6 +316,52 @@ _LENET_MNIST = Recipe(
     ),
 )
 
+
+def _small(name: str, model: str, dataset: str, stem_stride: int) -> Recipe:
+    """A narrow network on small maps: all stages in some ten minutes on two cores.
+
+    A quarter of the width makes a layer up to sixteen times cheaper, a stem with stride s makes
+    every map s^2 times smaller. Five epochs of pruning are too few for a scheduler that moves once
+    an epoch: it moves four times, and t moves five times as fast as in the paper's recipes.
+    """
+    return Recipe(
+        name=name,
+        model=model,
+        dataset=dataset,
+        model_options={"width": 0.25, "stem_stride": stem_stride},
+        augment=True,
+        target_sparsity=0.95,
+        dense=WeightTraining(
+            epochs=3,
+            lr=0.05,
+            end_lr=0.01,
+            schedule="cosine",
+            optimizer="sgd",
+            nesterov=True,
+            weight_decay=5e-4,
+            label_smoothing=0.05,
+        ),
+        pruning=WeightTraining(
+            epochs=5,
+            lr=0.03,
+            end_lr=0.01,
+            schedule="cosine",
+            optimizer="sgd",
+            weight_decay=5e-4,
+            label_smoothing=0.1,
+        ),
+        regrowth=Regrowth(epochs=2, lr=0.01, end_lr=0.0),
+        presence=PresenceTraining(lr=5e-3),
+        pressure=PressureSettings(step=0.3, updates_per_epoch=4),
+        deviations=(
+            *_CIFAR_DEVIATIONS,
+            "a quarter of the width, a stem with stride: a network for two CPU cores",
+            "3 + 5 + 2 epochs (the paper's 160 + 100 + 60), the learning rates scaled down",
+            "the scheduler updates the pressure four times an epoch, t learns five times as fast",
+        ),
+    )
+
+
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
@@ -325,5 +371,8 @@ RECIPES: dict[str, Recipe] = {
         _cifar("vgg19-cifar100", "vgg19", "cifar100", regrowth_lr_scale=5.0),
         _cifar("resnet50-cifar10", "resnet50", "cifar10"),
         _cifar("resnet50-cifar100", "resnet50", "cifar100"),
+        _small("vgg19-small-cifar10", "vgg19", "cifar10", stem_stride=2),
+        _small("resnet50-small-cifar10", "resnet50", "cifar10", stem_stride=4),
+        _small("vgg19-small-shapes32", "vgg19", "shapes32", stem_stride=2),
     )
 }
