@@ -6,11 +6,12 @@ a small pool of threads shares the blocks. Blocks help a single core too: what s
 a block read and write stays in its cache.
 
 How the work is cut into blocks never depends on the number of threads, and sums over blocks are
-added up in order. So the results depend on it only where BLAS cuts a single large product itself.
+added up in order. So the results do not depend on it either.
 
 The number of threads is the one that the user has given the BLAS library (``OPENBLAS_NUM_THREADS``,
 ``OMP_NUM_THREADS``, threadpoolctl), unless :func:`set_threads` says otherwise. While the pool
-works, BLAS computes each product on the thread that asks for it: two pools would fight.
+works, BLAS computes each product on the thread that asks for it. Two pools would fight: OpenBLAS's
+threads spin for some milliseconds after every product, waiting for the next.
 """
 
 from __future__ import annotations
@@ -78,9 +79,10 @@ def for_blocks(work: Callable[[slice], T], length: int, block: int) -> list[T]:
     of them is raised here, after the others have ended.
     """
     slices = [slice(start, min(start + block, length)) for start in range(0, length, block)]
-    workers = min(threads(), len(slices))
-    if workers < 2 or _working.get():
+    available = 1 if _working.get() else threads()
+    if available == 1:
         return [work(s) for s in slices]
+    workers = min(available, len(slices))
     results: list[Any] = [None] * len(slices)
     waiting = enumerate(slices)  # an iterator's next() is atomic: whoever is free takes a block
 
@@ -90,9 +92,8 @@ def for_blocks(work: Callable[[slice], T], length: int, block: int) -> list[T]:
             results[i] = work(block_slice)
 
     with _blas_on_one_thread():
-        helpers = [
-            _pool(workers - 1).submit(copy_context().run, take_turns) for _ in range(workers - 1)
-        ]
+        pool = _pool(available - 1)
+        helpers = [pool.submit(copy_context().run, take_turns) for _ in range(workers - 1)]
         try:
             copy_context().run(take_turns)
         finally:
