@@ -47,7 +47,7 @@ class Im2col:
     ) -> None:
         self.x_shape, self.weight_shape = x_shape, weight_shape
         self.stride, self.padding, self.groups = stride, padding, groups
-        self.kernel = weight_shape[1:3]
+        self.kernel = (weight_shape[1], weight_shape[2])
         self.positions = window_positions(x_shape, self.kernel, stride, padding)
         self.y_shape = (x_shape[0], *self.positions, weight_shape[0])
 

@@ -108,27 +108,32 @@ class BatchNorm(Function):
         return y.reshape(x.shape)
 
     def backward(self, c: Array) -> tuple[Array | None, ...]:
-        xp, rows = xp_of(c), c.reshape(self.rows.shape)  # (M, C)
+        rows = c.reshape(self.rows.shape)  # (M, C)
         shift_gradient, along_x = self.cotangent_sums(rows)
         scale_gradient = along_x * self.inverse_std
         dx = None
         if self.needs[0]:
-            dx = xp.empty(rows.shape, xp.result_type(rows, self.rows, self.scale))
-            factor = self.scale * self.inverse_std
-            mean_c = shift_gradient * (factor / self.count)
-            slope = scale_gradient * self.inverse_std * (factor / self.count)
-
-            def work(block: slice) -> None:
-                along = xp.subtract(self.rows[block], self.mean, dtype=dx.dtype)
-                along *= slope
-                along += mean_c
-                xp.multiply(rows[block], factor, out=dx[block])
-                dx[block] -= along
-
-            for_blocks(work, len(rows), rows_in_block(rows))
-            dx = dx.reshape(c.shape)
+            dx = self.input_gradient(rows, scale_gradient, shift_gradient).reshape(c.shape)
         gradients = (dx, scale_gradient, shift_gradient)
         return tuple(g if n else None for g, n in zip(gradients, self.needs, strict=True))
+
+    def input_gradient(self, c: Array, scale_gradient: Array, shift_gradient: Array) -> Array:
+        """dL/dx as rows (M, C)."""
+        xp = xp_of(c)
+        dx = xp.empty(c.shape, xp.result_type(c, self.rows, self.scale))
+        factor = self.scale * self.inverse_std
+        constant = factor * shift_gradient / self.count
+        slope = factor * self.inverse_std * scale_gradient / self.count
+
+        def work(block: slice) -> None:
+            other = xp.subtract(self.rows[block], self.mean, dtype=dx.dtype)
+            other *= slope
+            other += constant
+            xp.multiply(c[block], factor, out=dx[block])
+            dx[block] -= other
+
+        for_blocks(work, len(c), rows_in_block(c))
+        return dx
 
     def cotangent_sums(self, c: Array) -> tuple[Array, Array]:
         """The sums over all rows of c and of c (x - mean), (C,) each."""

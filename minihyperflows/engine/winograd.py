@@ -11,7 +11,12 @@ from functools import cache
 import numpy as np
 
 from minihyperflows.engine.backend import Array, device_of, xp_of
-from minihyperflows.engine.threads import LARGEST_SCRATCH, for_blocks, rows_per_block, sum_over_parts
+from minihyperflows.engine.threads import (
+    LARGEST_SCRATCH,
+    for_blocks,
+    rows_per_block,
+    sum_over_parts,
+)
 from minihyperflows.engine.windows import windows
 
 # Where the polynomials are evaluated, besides infinity: the first m + 1 of them for F(m x m).
