@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from minihyperflows import flows, models
-from minihyperflows.flows.stages import Timeline, kept_weights, land
+from minihyperflows.flows.stages import Timeline, _smallest, kept_weights, land
 
 
 def gated(rng, low=-1.0, high=1.0, dtype=np.float32):
@@ -51,6 +51,14 @@ def test_landing_keeps_exactly_the_largest_t(target, dtype):
     moved = (after >= 0) != (before >= 0)
     assert moved.sum() == abs(change)
     np.testing.assert_array_equal(after[~moved], before[~moved])
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 499, 500])
+@pytest.mark.parametrize("different", [3, 40, 10**9])
+def test_the_smallest_are_the_beginning_of_a_stable_sort(count, different):
+    values = np.random.default_rng(count).integers(0, different, 500).astype(np.float32)
+    expected = np.argsort(values, kind="stable")[:count]
+    assert sorted(_smallest(values, count)) == sorted(expected)
 
 
 def test_landing_where_it_is_already_changes_nothing():

@@ -82,10 +82,21 @@ def _move_threshold(arrays: list[Array], change: int) -> None:
     xp = xp_of(arrays[0])
     flat = xp.concatenate([t.reshape(-1) for t in arrays])
     candidates = xp.flatnonzero(is_present(flat) == (change < 0))
-    distance = abs(flat[candidates])
-    moved = candidates[xp.argsort(distance, kind="stable")[: abs(change)]]
+    moved = candidates[_smallest(abs(flat[candidates]), abs(change))]
     flat[moved] = 0.0 if change > 0 else -xp.finfo(flat.dtype).tiny
     start = 0
     for t in arrays:
         t[...] = flat[start : start + t.size].reshape(t.shape)
         start += t.size
+
+
+def _smallest(values: Array, count: int) -> Array:
+    """Where the ``count`` (from 1) smallest values are; in a tie the earlier ones.
+
+    The beginning of a stable argsort, without sorting the rest: seconds less for 20 million.
+    """
+    xp = xp_of(values)
+    largest = xp.partition(values, count - 1)[count - 1]
+    below = xp.flatnonzero(values < largest)
+    ties = xp.flatnonzero(values == largest)
+    return xp.concatenate([below, ties[: count - below.size]])
