@@ -71,15 +71,21 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    residual: Tensor | None = None,
+    relu: bool = False,
 ) -> Tensor:
     """y = scale (x - mean) / sqrt(var + eps) + shift, per channel (the last axis).
+
+    With ``residual`` (of the shape of x) that is added to y; with ``relu`` the result is cut off at
+    0. ``F.relu(F.batch_norm(x, ...) + residual)`` is the same, with more passes over memory.
 
     With ``training`` the mean and the (biased) variance are those of the batch, and the running
     statistics, arrays of shape (C,), are updated in place as in PyTorch:
     running <- (1 - momentum) running + momentum batch, with the *unbiased* batch variance.
     Otherwise the running statistics are used. Source: Ioffe & Szegedy 2015; chapter 05.
     """
-    return norm.batch_norm(x, scale, shift, running_mean, running_var, training, momentum, eps)
+    statistics = (running_mean, running_var, training, momentum, eps)
+    return norm.batch_norm(x, scale, shift, *statistics, residual, relu)
 
 
 def relu(x: Tensor) -> Tensor:

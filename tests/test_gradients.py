@@ -121,6 +121,9 @@ ROWS = [
     Row(lambda: pooling.AvgPool2d(3, stride=2), ((2, 6, 7, 2),)),
     Row(norm.BatchNorm, ((6, 3), (3,), (3,))),
     Row(norm.BatchNorm, ((2, 3, 4, 2), (2,), (2,))),
+    Row(lambda: norm.BatchNorm(relu=True), ((2, 3, 4, 2), (2,), (2,))),
+    Row(norm.BatchNorm, ((2, 3, 4, 2), (2,), (2,), (2, 3, 4, 2))),  # with a residual
+    Row(lambda: norm.BatchNorm(relu=True), ((8, 3), (3,), (3,), (8, 3))),
     Row(MeanPresence, ((2, 3), (4,))),
     Row(lambda: MeanPresence(floor=0.0), ((5, 6), (4,)), away_from=0.0),
 ]

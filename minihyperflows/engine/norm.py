@@ -8,6 +8,7 @@ from typing import Any
 from minihyperflows.engine.backend import Array, device_of, xp_of
 from minihyperflows.engine.errors import ShapeError
 from minihyperflows.engine.graph import Function
+from minihyperflows.engine.ops import ReLU, rectify
 from minihyperflows.engine.tensor import Tensor, apply
 from minihyperflows.engine.threads import for_blocks, rows_per_block
 
@@ -21,8 +22,13 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    residual: Tensor | None = None,
+    relu: bool = False,
 ) -> Tensor:
     """y = scale (x - mean) / sqrt(var + eps) + shift, per channel (the last axis of x).
+
+    With ``residual`` that is added to y, and with ``relu`` negative numbers become 0 after that: in
+    training both cost no further pass over memory.
 
     With ``training`` the statistics are the batch's, and the running ones (arrays, if given) are
     updated in place, under ``no_grad`` too; otherwise they are the running ones.
@@ -33,9 +39,11 @@ def batch_norm(
         running_mean, running_var: (C,).
         momentum: the weight of this batch in the running statistics.
         eps: keeps the square root away from 0.
+        residual: of the shape of x.
 
     Raises:
-        ShapeError: scale, shift or a running statistic is not (C,), or x is (C,) itself.
+        ShapeError: scale, shift or a running statistic is not (C,), x is (C,) itself, or the
+            residual has another shape.
         ValueError: one value per channel, which has no variance, in training; or no running
             statistics otherwise.
     """
@@ -46,12 +54,19 @@ def batch_norm(
         "running_var": running_var,
     }
     check_shapes(x, **given)
+    if residual is not None and residual.shape != x.shape:
+        raise ShapeError(
+            f"batch_norm: residual of shape {residual.shape} for an input of shape {x.shape}"
+        )
     scale_or_1: Any = 1.0 if scale is None else scale  # constants, so they get no gradient
     shift_or_0: Any = 0.0 if shift is None else shift
     if not training:
-        return normalise(x, scale_or_1, shift_or_0, running_mean, running_var, eps)
-    function = BatchNorm(eps)
-    y = apply(function, x, scale_or_1, shift_or_0)
+        y = normalise(x, scale_or_1, shift_or_0, running_mean, running_var, eps)
+        y = y if residual is None else y + residual
+        return apply(ReLU(), y) if relu else y
+    function = BatchNorm(eps, relu)
+    inputs = (x, scale_or_1, shift_or_0)
+    y = apply(function, *inputs) if residual is None else apply(function, *inputs, residual)
     n = function.count
     update_running(running_mean, function.mean, momentum)
     update_running(running_var, function.var * (n / (n - 1)), momentum)  # unbiased, as in PyTorch
@@ -67,7 +82,7 @@ def batch_norm_simple(x: Tensor, scale: Any = 1.0, shift: Any = 0.0, eps: float 
 
 
 class BatchNorm(Function):
-    """y = scale z + shift, z = (x - mean) / sqrt(var + eps), with statistics of the batch.
+    """y = scale z + shift [+ r], z = (x - mean) / sqrt(var + eps), with statistics of the batch.
 
     x (..., C) counts as M rows of C channels; mean and var (biased: divided by M) are over the
     rows. Since every x moves the mean and the variance, with sums over the M rows,
@@ -78,14 +93,17 @@ class BatchNorm(Function):
     The two subtractions take out of c what a constant and a multiple of z would add: a change of
     x that only shifts or stretches a channel does not change z.
 
+    With ``relu`` y is cut off at 0 at the end, so that c counts only where y > 0. The residual r,
+    an optional fourth input, receives that c.
+
     What is kept for ``backward`` is x itself, since z is one subtraction and one product away. So
-    forward and backward read or write each of x, y, c and dx no more than twice.
+    forward and backward read or write each array no more than twice.
     """
 
-    def __init__(self, eps: float = 1e-5) -> None:
-        self.eps = eps
+    def __init__(self, eps: float = 1e-5, relu: bool = False) -> None:
+        self.eps, self.relu = eps, relu
 
-    def forward(self, x: Array, scale: Array, shift: Array) -> Array:
+    def forward(self, x: Array, scale: Array, shift: Array, residual: Array | None = None) -> Array:
         xp = xp_of(x)
         rows = x.reshape(-1, x.shape[-1])  # (M, C)
         self.rows, self.scale, self.count = rows, scale, len(rows)
@@ -97,24 +115,30 @@ class BatchNorm(Function):
         self.mean, self.var = channel_statistics(rows)
         self.inverse_std = 1 / xp.sqrt(self.var + self.eps)
         factor = scale * self.inverse_std
-        y = xp.empty(rows.shape, xp.result_type(rows, factor, shift))
+        added = None if residual is None else residual.reshape(rows.shape)
+        kinds = [a for a in (rows, factor, shift, added) if a is not None]
+        y = xp.empty(rows.shape, xp.result_type(*kinds))
 
         def work(block: slice) -> None:
             xp.subtract(rows[block], self.mean, out=y[block])
             y[block] *= factor
             y[block] += shift
+            if added is not None:
+                y[block] += added[block]
+            if self.relu:
+                rectify(y[block], out=y[block])
 
         for_blocks(work, len(rows), rows_in_block(rows))
+        self.y = y if self.relu else None
         return y.reshape(x.shape)
 
     def backward(self, c: Array) -> tuple[Array | None, ...]:
-        rows = c.reshape(self.rows.shape)  # (M, C)
-        shift_gradient, along_x = self.cotangent_sums(rows)
+        rows, shift_gradient, along_x = self.cotangent_sums(c.reshape(self.rows.shape))
         scale_gradient = along_x * self.inverse_std
         dx = None
         if self.needs[0]:
             dx = self.input_gradient(rows, scale_gradient, shift_gradient).reshape(c.shape)
-        gradients = (dx, scale_gradient, shift_gradient)
+        gradients = (dx, scale_gradient, shift_gradient, rows.reshape(c.shape))[: len(self.needs)]
         return tuple(g if n else None for g, n in zip(gradients, self.needs, strict=True))
 
     def input_gradient(self, c: Array, scale_gradient: Array, shift_gradient: Array) -> Array:
@@ -135,18 +159,24 @@ class BatchNorm(Function):
         for_blocks(work, len(c), rows_in_block(c))
         return dx
 
-    def cotangent_sums(self, c: Array) -> tuple[Array, Array]:
-        """The sums over all rows of c and of c (x - mean), (C,) each."""
+    def cotangent_sums(self, c: Array) -> tuple[Array, Array, Array]:
+        """The cotangent of what lies before the ReLU, and the sums of it and of it (x - mean).
 
-        xp, dtype = xp_of(c), xp_of(c).result_type(c, self.rows)
+        Shapes (M, C), (C,), (C,).
+        """
+        xp = xp_of(c)
+        dtype = xp.result_type(c, self.rows)
+        before = xp.empty_like(c) if self.relu else c
 
         def work(block: slice) -> tuple[Array, Array]:
+            if self.relu:
+                xp.multiply(c[block], self.y[block].real > 0, out=before[block])
             product = xp.subtract(self.rows[block], self.mean, dtype=dtype)
-            product *= c[block]
-            return channel_sum(c[block]), channel_sum(product)
+            product *= before[block]
+            return channel_sum(before[block]), channel_sum(product)
 
         sums = for_blocks(work, len(c), rows_in_block(c))
-        return sum(s for s, _ in sums), sum(s for _, s in sums)
+        return before, sum(s for s, _ in sums), sum(s for _, s in sums)
 
 
 def channel_statistics(rows: Array) -> tuple[Array, Array]:

@@ -111,6 +111,14 @@ class BatchNorm2d(Module):
         self.momentum, self.eps = momentum, eps
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._normalise(x)
+
+    def then_relu(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """relu(self(x) + residual), with fewer passes over memory; without a residual none is
+        added."""
+        return self._normalise(x, residual, relu=True)
+
+    def _normalise(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         if self.training:
             self.num_batches_tracked.data += 1
         return F.batch_norm(
@@ -122,6 +130,8 @@ class BatchNorm2d(Module):
             self.training,
             self.momentum,
             self.eps,
+            residual,
+            relu,
         )
 
 
@@ -160,7 +170,10 @@ class Flatten(Module):
 
 
 class Sequential(Module):
-    """Modules applied one after another, named "0", "1", ... as in PyTorch."""
+    """Modules applied one after another, named "0", "1", ... as in PyTorch.
+
+    A batch norm and the ReLU right after it are computed as one (:meth:`BatchNorm2d.then_relu`).
+    """
 
     def __init__(self, *modules: Module) -> None:
         for i, module in enumerate(modules):
@@ -173,6 +186,13 @@ class Sequential(Module):
         return [module for _, module in self.children()][i]
 
     def forward(self, x: Tensor) -> Tensor:
-        for _, module in self.children():
-            x = module(x)
+        modules = [module for _, module in self.children()]
+        merged = False
+        for module, after in zip(modules, [*modules[1:], None], strict=True):
+            if merged:  # this ReLU is done already
+                merged = False
+            elif type(module) is BatchNorm2d and type(after) is ReLU:
+                x, merged = module.then_relu(x), True
+            else:
+                x = module(x)
         return x

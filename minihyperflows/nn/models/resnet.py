@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from minihyperflows import functional as F
 from minihyperflows.engine.tensor import Tensor
 from minihyperflows.nn.layers import BatchNorm2d, Linear, Sequential
 from minihyperflows.nn.models.blocks import check_stem_stride, conv, scale_channels
@@ -29,9 +28,8 @@ class BasicBlock(Module):
         self.downsample = shortcut(channels, width, stride, **options)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        return F.relu(y + (self.downsample(x) if self.downsample else x))
+        y = self.bn1.then_relu(self.conv1(x))
+        return self.bn2.then_relu(self.conv2(y), self.downsample(x) if self.downsample else x)
 
 
 class Bottleneck(Module):
@@ -53,10 +51,9 @@ class Bottleneck(Module):
         self.downsample = shortcut(channels, out, stride, **options)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = F.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        return F.relu(y + (self.downsample(x) if self.downsample else x))
+        y = self.bn1.then_relu(self.conv1(x))
+        y = self.bn2.then_relu(self.conv2(y))
+        return self.bn3.then_relu(self.conv3(y), self.downsample(x) if self.downsample else x)
 
 
 def shortcut(channels: int, out: int, stride: int, **options: Any) -> Sequential | None:
@@ -105,7 +102,7 @@ class ResNet(Module):
         self.fc = Linear(channels, num_classes, rng=rng, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.bn1.then_relu(self.conv1(x))
         for number in range(1, self.stages + 1):
             x = getattr(self, f"layer{number}")(x)
         return self.fc(x.mean(axis=(1, 2)))
