@@ -7,8 +7,10 @@ import math
 import numpy as np
 
 from minihyperflows.engine.backend import Array, device_of, xp_of
+from minihyperflows.engine.memory import empty
 from minihyperflows.engine.threads import (
     LARGEST_SCRATCH,
+    PRODUCT_BLOCK,
     for_blocks,
     rows_per_block,
     sum_over_parts,
@@ -54,11 +56,11 @@ class Im2col:
     def forward(self, x: Array, weight: Array) -> Array:
         """y (N, H', W', C_out)."""
         xp = xp_of(x)
-        transposed = xp.ascontiguousarray(self.filters(weight).swapaxes(1, 2))
-        y = xp.empty(self.y_shape, xp.result_type(x, weight))
+        filters = self.filters(weight).swapaxes(1, 2)
+        y = empty(xp, self.y_shape, xp.result_type(x, weight))
 
         def work(images: slice) -> None:
-            self.product(self.columns(x[images]), transposed, y[images])
+            self.product(self.columns(x[images]), filters, y[images])
 
         for_blocks(work, len(x), self.images_per_block(x))
         return y
@@ -67,7 +69,7 @@ class Im2col:
         """dL/dx (N, H, W, C_in)."""
         xp = xp_of(c)
         filters = self.filters(weight)
-        dx = xp.empty(self.x_shape, xp.result_type(c, weight))
+        dx = empty(xp, self.x_shape, xp.result_type(c, weight))
         pointwise = self.kernel == self.stride == (1, 1) and self.groups == 1
 
         def work(images: slice) -> None:
@@ -102,7 +104,7 @@ class Im2col:
             return max(1, len(x))
         pixels = self.positions[0] * self.positions[1]
         depth = math.prod(self.weight_shape[1:]) * self.groups
-        return max(1, rows_per_block(depth, LEAST_ROWS) // pixels)
+        return max(1, rows_per_block(depth, PRODUCT_BLOCK, LEAST_ROWS) // pixels)
 
     def columns(self, x: Array) -> Array:
         """X of some images, (groups, n H' W', kH kW C_in / groups)."""
@@ -114,7 +116,7 @@ class Im2col:
             return self.columns(x)
         pixels = self.positions[0] * self.positions[1]
         depth = math.prod(self.weight_shape[1:])
-        columns = xp_of(x).empty((self.groups, len(x) * pixels, depth), x.dtype)
+        columns = empty(xp_of(x), (self.groups, len(x) * pixels, depth), x.dtype)
 
         def work(images: slice) -> None:
             columns[:, images.start * pixels : images.stop * pixels] = self.columns(x[images])

@@ -8,6 +8,7 @@ from typing import Any
 from minihyperflows.engine.backend import Array, device_of, xp_of
 from minihyperflows.engine.errors import ShapeError
 from minihyperflows.engine.graph import Function
+from minihyperflows.engine.memory import empty
 from minihyperflows.engine.ops import ReLU, rectify
 from minihyperflows.engine.tensor import Tensor, apply
 from minihyperflows.engine.threads import for_blocks, rows_per_block
@@ -115,14 +116,14 @@ class BatchNorm(Function):
         self.mean, self.var = channel_statistics(rows)
         self.inverse_std = 1 / xp.sqrt(self.var + self.eps)
         factor = scale * self.inverse_std
+        offset = shift - self.mean * factor
         added = None if residual is None else residual.reshape(rows.shape)
-        kinds = [a for a in (rows, factor, shift, added) if a is not None]
-        y = xp.empty(rows.shape, xp.result_type(*kinds))
+        kinds = [a for a in (rows, factor, offset, added) if a is not None]
+        y = empty(xp, rows.shape, xp.result_type(*kinds))
 
         def work(block: slice) -> None:
-            xp.subtract(rows[block], self.mean, out=y[block])
-            y[block] *= factor
-            y[block] += shift
+            xp.multiply(rows[block], factor, out=y[block])
+            y[block] += offset
             if added is not None:
                 y[block] += added[block]
             if self.relu:
@@ -144,14 +145,14 @@ class BatchNorm(Function):
     def input_gradient(self, c: Array, scale_gradient: Array, shift_gradient: Array) -> Array:
         """dL/dx as rows (M, C)."""
         xp = xp_of(c)
-        dx = xp.empty(c.shape, xp.result_type(c, self.rows, self.scale))
+        dx = empty(xp, c.shape, xp.result_type(c, self.rows, self.scale))
         factor = self.scale * self.inverse_std
-        constant = factor * shift_gradient / self.count
         slope = factor * self.inverse_std * scale_gradient / self.count
+        constant = factor * shift_gradient / self.count - slope * self.mean
 
         def work(block: slice) -> None:
-            other = xp.subtract(self.rows[block], self.mean, dtype=dx.dtype)
-            other *= slope
+            other = empty(xp, c[block].shape, dx.dtype)
+            xp.multiply(self.rows[block], slope, out=other)
             other += constant
             xp.multiply(c[block], factor, out=dx[block])
             dx[block] -= other
@@ -166,12 +167,13 @@ class BatchNorm(Function):
         """
         xp = xp_of(c)
         dtype = xp.result_type(c, self.rows)
-        before = xp.empty_like(c) if self.relu else c
+        before = empty(xp, c.shape, c.dtype) if self.relu else c
 
         def work(block: slice) -> tuple[Array, Array]:
             if self.relu:
                 xp.multiply(c[block], self.y[block].real > 0, out=before[block])
-            product = xp.subtract(self.rows[block], self.mean, dtype=dtype)
+            product = empty(xp, c[block].shape, dtype)
+            xp.subtract(self.rows[block], self.mean, out=product)
             product *= before[block]
             return channel_sum(before[block]), channel_sum(product)
 
@@ -194,7 +196,8 @@ def channel_statistics(rows: Array) -> tuple[Array, Array]:
     def work(block: slice) -> tuple[int, Array, Array]:
         x = rows[block]
         mean = channel_sum(x) / len(x)
-        centred = x - mean
+        centred = empty(xp_of(x), x.shape, x.dtype)
+        xp_of(x).subtract(x, mean, out=centred)
         centred *= centred
         return len(x), mean, channel_sum(centred)
 

@@ -16,6 +16,7 @@ import numpy as np
 from minihyperflows.engine.backend import Array, device_of, xp_of
 from minihyperflows.engine.errors import DeviceError, ShapeError
 from minihyperflows.engine.graph import Function
+from minihyperflows.engine.memory import empty
 from minihyperflows.engine.threads import add, elementwise
 
 # -- helpers -------------------------------------------------------------------------------------
@@ -242,7 +243,7 @@ class ReLU(Function):
     def forward(self, x: Array) -> Array:
         xp = xp_of(x)
         x = xp.ascontiguousarray(x)
-        self.y = xp.empty_like(x)
+        self.y = empty(xp, x.shape, x.dtype)
 
         elementwise(rectify, x, self.y)
         return self.y
@@ -250,7 +251,7 @@ class ReLU(Function):
     def backward(self, c: Array) -> Array:
         xp = xp_of(c)
         c = xp.ascontiguousarray(c)
-        dx = xp.empty_like(c)
+        dx = empty(xp, c.shape, c.dtype)
         elementwise(lambda y, c, dx: xp.multiply(c, y.real > 0, out=dx), self.y, c, dx)
         return dx
 

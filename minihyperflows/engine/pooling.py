@@ -10,6 +10,7 @@ import numpy as np
 from minihyperflows.engine.backend import Array, device_of, xp_of
 from minihyperflows.engine.errors import ShapeError
 from minihyperflows.engine.graph import Function
+from minihyperflows.engine.memory import empty
 from minihyperflows.engine.threads import for_blocks, rows_per_block
 from minihyperflows.engine.windows import Pair, pair, shifted, window_positions
 
@@ -51,7 +52,7 @@ class MaxPool2d(Pool2d):
         self.check(x.shape)
         self.shape, xp = x.shape, xp_of(x)
         y_shape = (len(x), *window_positions(x.shape, self.size, self.stride), x.shape[3])
-        y = xp.empty(y_shape, x.dtype)
+        y = empty(xp, y_shape, x.dtype)
         self.place = xp.zeros(y_shape, np.min_scalar_type(math.prod(self.size)))  # of the largest
 
         def work(images: slice) -> None:

@@ -28,13 +28,19 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from minihyperflows.engine.backend import Array, device_of, xp_of
+from minihyperflows.engine.memory import empty
 
 T = TypeVar("T")
 
-# Elements of a block. Half a MiB in float32: large enough that the turns that threads take at
-# Python's lock (some microseconds each) cost little, small enough for a second-level cache. Of
-# 2^14 ... 2^20, 2^17 was fastest for batch norm and ReLU with two threads.
-BLOCK = 1 << 17
+# Elements of a block of an element-wise pass, 2 MiB in float32: large enough that the turns that
+# threads take at Python's lock cost little, small enough for the caches. Of 2^16 ... 2^20, 2^19
+# was fastest for batch norm, forward and backward, with two threads (by half against 2^17) and with
+# one.
+BLOCK = 1 << 19
+
+# Elements of a block of a matrix product, whose few calls take longer: 2^17 ... 2^19 are equally
+# fast, and the smaller they are, the smaller a layer the threads can share.
+PRODUCT_BLOCK = 1 << 17
 
 # Elements of the largest scratch array of an operation, 16 MiB in float32. From 32 MiB on the C
 # library asks the system for every array anew, which hands it out page by page: on some machines
@@ -116,9 +122,9 @@ def sum_over_parts(work: Callable[[slice], Array], length: int, step: int) -> Ar
     return total
 
 
-def rows_per_block(row_size: int, least: int = 1) -> int:
-    """How many rows of ``row_size`` elements make a block of about ``BLOCK``; ``least`` or more."""
-    return max(least, BLOCK // max(1, row_size))
+def rows_per_block(row_size: int, block: int = BLOCK, least: int = 1) -> int:
+    """How many rows of ``row_size`` elements make about ``block`` elements; ``least`` or more."""
+    return max(least, block // max(1, row_size))
 
 
 def elementwise(work: Callable[..., None], *arrays: Array) -> None:
@@ -138,7 +144,7 @@ def add(a: Array, b: Array, out: Array | None = None) -> Array:
     """a + b for arrays of one shape, into ``out`` if given."""
     if a.size <= BLOCK or device_of(a) != "cpu":
         return xp_of(a).add(a, b, out=out)
-    out = np.empty(a.shape, np.result_type(a, b)) if out is None else out
+    out = empty(np, a.shape, np.result_type(a, b)) if out is None else out
     rows = rows_per_block(a.size // len(a))
     for_blocks(lambda block: np.add(a[block], b[block], out=out[block]), len(a), rows)
     return out

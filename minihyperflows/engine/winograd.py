@@ -11,8 +11,10 @@ from functools import cache
 import numpy as np
 
 from minihyperflows.engine.backend import Array, device_of, xp_of
+from minihyperflows.engine.memory import empty
 from minihyperflows.engine.threads import (
     LARGEST_SCRATCH,
+    PRODUCT_BLOCK,
     for_blocks,
     rows_per_block,
     sum_over_parts,
@@ -24,6 +26,8 @@ from minihyperflows.engine.windows import windows
 # these have a third of the error of the textbook's 0, 1, -1, 2, -2.
 POINTS = (0.0, 0.625, -0.625, 1.5, -1.5)
 SMALL_POINTS = (0.0, 1.0, -1.0)
+
+LEAST_TILES = 64  # of a block; with fewer, reading the filters costs more than multiplying by them
 
 
 class Winograd:
@@ -77,7 +81,7 @@ class Winograd:
         xp = xp_of(x)
         dtype = xp.result_type(x, weight)
         u = self.transform_filters(weight).swapaxes(1, 2)
-        y = xp.empty(self.y_shape, dtype)
+        y = empty(xp, self.y_shape, dtype)
 
         def work(images: slice) -> None:
             v = self.transform_images(x[images])
@@ -90,7 +94,7 @@ class Winograd:
         """dL/dx (N, H, W, C_in)."""
         xp = xp_of(c)
         u = self.transform_filters(weight)
-        dx = xp.empty(self.x_shape, xp.result_type(c, weight))
+        dx = empty(xp, self.x_shape, xp.result_type(c, weight))
 
         def work(images: slice) -> None:
             dm = self.transform_cotangents(c[images])
@@ -113,8 +117,8 @@ class Winograd:
         """dU of some images, ((m + 2)^2, C_out, C_in)."""
         xp = xp_of(x)
         per_image = self.tiles[0] * self.tiles[1]
-        v = xp.empty((self.points, len(x) * per_image, self.channels), x.dtype)
-        dm = xp.empty((self.points, len(x) * per_image, self.filters), c.dtype)
+        v = empty(xp, (self.points, len(x) * per_image, self.channels), x.dtype)
+        dm = empty(xp, (self.points, len(x) * per_image, self.filters), c.dtype)
 
         def transform(images: slice) -> None:
             part = slice(images.start * per_image, images.stop * per_image)
@@ -122,7 +126,7 @@ class Winograd:
             self.transform_cotangents(c[images], out=dm[:, part])
 
         for_blocks(transform, len(x), self.images_per_block(x))
-        du = xp.empty((self.points, self.filters, self.channels), xp.result_type(x, c))
+        du = empty(xp, (self.points, self.filters, self.channels), xp.result_type(x, c))
 
         def multiply(p: slice) -> None:
             xp.matmul(dm[p].swapaxes(1, 2), v[p], out=du[p])
@@ -136,7 +140,7 @@ class Winograd:
         """U = G w G^T of every filter: ((m + 2)^2, C_out, C_in)."""
         xp, g = xp_of(weight), self.matrix("G", weight)  # ((m + 2)^2, 9)
         w = weight.reshape(self.filters, 9, self.channels)
-        u = xp.empty((self.points, self.filters, self.channels), weight.dtype)
+        u = empty(xp, (self.points, self.filters, self.channels), weight.dtype)
 
         def work(some: slice) -> None:
             xp.matmul(g, w[some], out=u[:, some].swapaxes(0, 1))
@@ -227,13 +231,14 @@ class Winograd:
     def images_per_block(self, x: Array) -> int:
         if device_of(x) != "cpu":
             return max(1, len(x))
-        tiles = self.tiles[0] * self.tiles[1]
-        return max(1, rows_per_block(self.points * max(self.channels, self.filters), 64) // tiles)
+        tile = self.points * max(self.channels, self.filters)
+        per_image = self.tiles[0] * self.tiles[1]
+        return max(1, rows_per_block(tile, PRODUCT_BLOCK, LEAST_TILES) // per_image)
 
     def filters_per_block(self, weight: Array) -> int:
         if device_of(weight) != "cpu":
             return self.filters
-        return rows_per_block(self.points * self.channels)
+        return rows_per_block(self.points * self.channels, PRODUCT_BLOCK)
 
     def matrix(self, name: str, like: Array) -> Array:
         """The Kronecker square of B^T, G or A^T, with the dtype and on the device of ``like``."""
