@@ -167,10 +167,10 @@ class BatchNorm(Function):
         """
         xp = xp_of(c)
         dtype = xp.result_type(c, self.rows)
-        before = empty(xp, c.shape, c.dtype) if self.relu else c
+        before = c if self.y is None else empty(xp, c.shape, c.dtype)
 
         def work(block: slice) -> tuple[Array, Array]:
-            if self.relu:
+            if self.y is not None:
                 xp.multiply(c[block], self.y[block].real > 0, out=before[block])
             product = empty(xp, c[block].shape, dtype)
             xp.subtract(self.rows[block], self.mean, out=product)
