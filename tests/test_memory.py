@@ -101,3 +101,16 @@ def test_results_and_gradients_keep_their_values_through_later_steps():
         z.backward(np.zeros_like(z.data))
     for array, copy in kept:
         np.testing.assert_array_equal(array, copy)
+
+
+def test_a_gradient_is_adopted_unless_somebody_else_could_see_its_memory():
+    array = empty(np, SHAPE, np.float32)
+    assert memory.owns_memory(array)
+    view = array[:2]
+    assert not memory.owns_memory(array)
+    assert not memory.owns_memory(view)
+    del array
+    assert memory.owns_memory(view)
+    assert memory.owns_memory(np.empty(3))
+    assert not memory.owns_memory(np.empty(3)[:2])
+    assert not memory.owns_memory(np.frombuffer(b"12345678"))

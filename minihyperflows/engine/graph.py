@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 from minihyperflows.engine.backend import Array, xp_of
 from minihyperflows.engine.errors import GraphError, ShapeError
+from minihyperflows.engine.memory import owns_memory
 from minihyperflows.engine.threads import add
 
 _recording: ContextVar[bool] = ContextVar("recording", default=True)
@@ -200,7 +201,7 @@ class LeafGradients:
     def add(self, leaf: Leaf, gradient: Array) -> None:
         gradient = _as_array(gradient, leaf.data.dtype)
         if leaf.grad is None:
-            if gradient.base is not None or id(gradient) in self._ids:
+            if not owns_memory(gradient) or id(gradient) in self._ids:
                 gradient = gradient.copy()
             leaf.grad = gradient
         elif gradient.shape == ():

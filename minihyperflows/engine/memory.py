@@ -53,6 +53,12 @@ class Pool:
             known.append(np.empty(size, np.uint8))
             return known[-1]
 
+    def references(self, buffer: np.ndarray) -> int:
+        """How many references there are to a buffer of this pool; 0 if it is not one."""
+        with self._lock:
+            ours = any(known is buffer for known in self._buffers.get(buffer.nbytes, []))
+            return sys.getrefcount(buffer) if ours else 0
+
     def clear(self) -> None:
         """Give back everything that is not in use."""
         with self._lock:
@@ -65,7 +71,17 @@ class Pool:
                 del self._buffers[size], self._last_use[size]
 
 
+def references(array: Array, pool: Pool) -> int:
+    """The references to the buffer of ``pool`` behind ``array``, counted in one and the same way;
+    0 if there is none."""
+    return pool.references(array.base) if isinstance(array.base, np.ndarray) else 0
+
+
 _pool = Pool()
+
+# What ``references`` finds for an array that is the only view of its buffer.
+_trial = Pool()
+_ONE_VIEW = references(_trial.buffer(1).view(np.int8), _trial)
 
 
 def empty(xp: ModuleType, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -78,6 +94,14 @@ def empty(xp: ModuleType, shape: tuple[int, ...], dtype: Any) -> Array:
     if xp is not np or size < LEAST:
         return xp.empty(shape, dtype)
     return _pool.buffer(size).view(dtype).reshape(shape)
+
+
+def owns_memory(array: Array) -> bool:
+    """Whether no other array can share memory with ``array``: it is a new one, or the only view of
+    a buffer of :func:`empty`."""
+    if array.base is None:
+        return True
+    return references(array, _pool) == _ONE_VIEW
 
 
 def clear() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from minihyperflows.engine.backend import Array, xp_of
 from minihyperflows.engine.graph import Function
+from minihyperflows.engine.memory import empty
 from minihyperflows.engine.tensor import Tensor, apply
 from minihyperflows.engine.threads import elementwise
 from minihyperflows.nn import Module, Parameter, Weighted
@@ -48,8 +49,8 @@ class GatedWeight(Function):
 
     def forward(self, weight: Array, t: Array) -> Array:
         xp = xp_of(t)
-        self.weight, self.mask = xp.ascontiguousarray(weight), xp.empty(t.shape, bool)
-        gated = xp.empty(t.shape, xp.result_type(weight, t))
+        self.weight, self.mask = xp.ascontiguousarray(weight), empty(xp, t.shape, bool)
+        gated = empty(xp, t.shape, xp.result_type(weight, t))
 
         def work(w: Array, t: Array, mask: Array, gated: Array) -> None:
             mask[...] = is_present(t)
@@ -62,7 +63,7 @@ class GatedWeight(Function):
         xp, c = xp_of(c), xp_of(c).ascontiguousarray(c)
         if not self.needs[1]:
             return c * self.mask, None
-        weight_gradient, flux = xp.empty_like(c), xp.empty_like(c)
+        weight_gradient, flux = (empty(xp, c.shape, c.dtype) for _ in range(2))
 
         def work(w: Array, mask: Array, c: Array, weight_gradient: Array, flux: Array) -> None:
             xp.multiply(c, mask, out=weight_gradient)

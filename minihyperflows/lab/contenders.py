@@ -22,7 +22,9 @@ OURS = "ours"
 FORMATS = ("contiguous", "channels_last")  # PyTorch's two layouts of images
 
 SAMPLE_SECONDS = 0.1  # a sample repeats its work until it is at least this long
-PAUSE_SECONDS = 0.05  # before a sample: threads of the last contender stop waiting for more work
+# Before a sample. The threads of OpenBLAS and of OpenMP spin for a while after their last work: a
+# step of LeNet in PyTorch took twice as long within 0.05 s of ours.
+PAUSE_SECONDS = 0.5
 
 # Runs its work once and returns the seconds that each part of it took.
 Timed: TypeAlias = Callable[[], tuple[float, ...]]
