@@ -196,7 +196,6 @@ class LeafGradients:
     def __init__(self, cotangent: Array) -> None:
         self._kept = [cotangent]  # references, so that no id is reused while this object lives
         self._ids = {id(cotangent)}
-        self._own: set[int] = set()  # gradients made here: nobody has seen them yet
 
     def add(self, leaf: Leaf, gradient: Array) -> None:
         gradient = _as_array(gradient, leaf.data.dtype)
@@ -207,11 +206,11 @@ class LeafGradients:
         elif gradient.shape == ():
             leaf.grad = leaf.grad + gradient
         else:
-            in_place = id(leaf.grad) in self._own and leaf.grad.dtype == gradient.dtype
+            made_here = id(leaf.grad) in self._ids  # nobody has seen it yet
+            in_place = made_here and leaf.grad.dtype == gradient.dtype
             leaf.grad = add(leaf.grad, gradient, out=leaf.grad if in_place else None)
         self._kept.append(leaf.grad)
         self._ids.add(id(leaf.grad))
-        self._own.add(id(leaf.grad))
 
 
 def _as_array(gradient: Array, dtype: Any) -> Array:

@@ -79,9 +79,8 @@ class Winograd:
     def forward(self, x: Array, weight: Array) -> Array:
         """y (N, H', W', C_out)."""
         xp = xp_of(x)
-        dtype = xp.result_type(x, weight)
         u = self.transform_filters(weight).swapaxes(1, 2)
-        y = empty(xp, self.y_shape, dtype)
+        y = empty(xp, self.y_shape, xp.result_type(x, weight))
 
         def work(images: slice) -> None:
             v = self.transform_images(x[images])
