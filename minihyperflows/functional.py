@@ -73,6 +73,7 @@ def batch_norm(
     eps: float = 1e-5,
     residual: Tensor | None = None,
     relu: bool = False,
+    num_batches_tracked: Any = None,
 ) -> Tensor:
     """y = scale (x - mean) / sqrt(var + eps) + shift, per channel (the last axis).
 
@@ -81,11 +82,12 @@ def batch_norm(
 
     With ``training`` the mean and the (biased) variance are those of the batch, and the running
     statistics, arrays of shape (C,), are updated in place as in PyTorch:
-    running <- (1 - momentum) running + momentum batch, with the *unbiased* batch variance.
-    Otherwise the running statistics are used. Source: Ioffe & Szegedy 2015; chapter 05.
+    running <- (1 - momentum) running + momentum batch, with the *unbiased* batch variance, and 1 is
+    added to ``num_batches_tracked``, an integer array of shape (). Otherwise the running statistics
+    are used. Source: Ioffe & Szegedy 2015; chapter 05.
     """
     statistics = (running_mean, running_var, training, momentum, eps)
-    return norm.batch_norm(x, scale, shift, *statistics, residual, relu)
+    return norm.batch_norm(x, scale, shift, *statistics, residual, relu, num_batches_tracked)
 
 
 def relu(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from gpu import gpu  # noqa: F401 - a fixture
 
 
 @pytest.fixture

@@ -41,6 +41,9 @@ def test_the_main_job_in_short(tmp_path):
         (["prune", "nonsense"], ["unknown recipe", "lenet300-digits"]),
         (["prune", "--target-sparsity", "98"], ["between 0 and 1", "98"]),
         (["prune", "--epochs-scale", "0"], ["positive"]),
+        (["prune", "--gamma", "-1"], ["a pressure gamma is a number from 0 on, not -1"]),
+        (["prune", "--gamma", "1", "--target-sparsity", "0.9"], ["aims at no sparsity"]),
+        (["prune", "--set", "pruning.epoch=3"], ["no field 'pruning.epoch'"]),
         (["prune", "lenet300-mnist", "--data-dir", "nowhere"], ["nowhere"]),
         (["prune", "--dense-from", "nowhere"], ["there is no", "nowhere", "dense.safetensors"]),
         (["export", "nowhere", "out.safetensors"], ["no checkpoint at nowhere"]),
@@ -55,6 +58,24 @@ def test_mistakes_get_one_line_and_status_2(arguments, words, tmp_path, monkeypa
     for word in words:
         assert word in line
     assert not list(tmp_path.rglob("*.*")), "something was half-written"
+
+
+def test_a_constant_pressure(tmp_path, monkeypatch, capsys):
+    """As a run of a sweep says that it can be repeated."""
+    monkeypatch.chdir(tmp_path)
+    command = ["prune", "lenet300-digits-gamma", "--gamma", "4", "--set", "pruning.epochs=3"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "under constant pressure 4, 0 dense + 3 pruning + 0 regrowth epochs" in printed
+    assert "\nconstant pressure 4; " in printed
+    folder = tmp_path / "runs" / "lenet300-digits-gamma-gamma4-seed0"
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    assert summary["target_sparsity"] is None
+    assert summary["command"] == (
+        "minihyperflows prune lenet300-digits-gamma --gamma 4.0 --set pruning.epochs=3 "
+        "--device cpu --seed 0"
+    )
+    assert summary["sparsity"] == summary["sparsity_before_regrowth"]
 
 
 def test_no_traceback_from_a_real_process(tmp_path):

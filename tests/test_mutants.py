@@ -471,7 +471,7 @@ class AdamThatForgets(optim.Adam):
 
     def load_state_dict(self, state: Any) -> None:
         super().load_state_dict(state)
-        for slots in self._state:
+        for slots in self.state:
             slots["v"][...] = 0
 
 
@@ -500,7 +500,7 @@ class DampedSGD(optim.SGD):
     """v <- momentum v + (1 - momentum) g from the second step on."""
 
     def step(self) -> None:
-        for p, slots in zip(self.params, self._state, strict=True):
+        for p, slots in zip(self.params, self.state, strict=True):
             if p.grad is not None and slots:
                 p.grad = (1 - self.momentum) * p.grad
         super().step()

@@ -7,6 +7,7 @@ import pytest
 
 from minihyperflows.lab import RECIPES, Recipe, UserError
 from minihyperflows.lab.recipes import PressureSettings, find
+from minihyperflows.lab.runs import command_for
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -101,3 +102,90 @@ def test_a_target_is_a_fraction(target):
 def test_unknown_names_are_answered_with_the_known_ones():
     with pytest.raises(UserError, match="lenet300-digits"):
         find("lenet301")
+
+
+# -- constant pressure, and fields by name ---------------------------------------------------------
+
+
+def test_a_constant_pressure_takes_target_and_regrowth_away():
+    recipe = RECIPES["vgg19-small-cifar10"].with_gamma(2)
+    assert (recipe.target_sparsity, recipe.pressure.gamma, recipe.timeline.regrowth) == (None, 2, 0)
+    assert recipe.dense_settings() == RECIPES["vgg19-small-cifar10"].dense_settings()
+    assert recipe.with_gamma(3).with_gamma(2) == recipe
+    with pytest.raises(UserError, match="aims at no sparsity"):
+        recipe.with_target(0.9)
+    for gamma in (-1, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="from 0 on"):
+            recipe.with_gamma(gamma)
+    no_pressure = recipe.with_fields({"pruning.epochs": 0})
+    with pytest.raises(UserError, match="no stage under pressure"):
+        no_pressure.with_gamma(1)
+
+
+def test_without_a_target_there_must_be_a_constant_pressure_and_no_landing():
+    recipe = RECIPES["lenet300-digits-gamma"]
+    with pytest.raises(UserError, match=r"a target_sparsity, or a constant pressure\.gamma"):
+        recipe.with_fields({"pressure.gamma": None})
+    with pytest.raises(UserError, match="regrowth lands on a target"):
+        recipe.with_fields({"regrowth.epochs": 2})
+    free = recipe.with_fields({"regrowth.epochs": 2, "regrowth.land": False})
+    assert free.timeline.regrowth == 2
+
+
+def test_fields_by_name():
+    recipe = RECIPES["lenet300-mnist-gamma"]
+    fields = {"presence.optimizer": "sgd", "presence.init": [2e-4, 5e-4], "pressure.floor": -3e-4}
+    changed = recipe.with_fields(fields)
+    assert changed.presence.init == (2e-4, 5e-4)
+    assert (changed.presence.optimizer, changed.pressure.floor) == ("sgd", -3e-4)
+    assert recipe.with_fields({}) == recipe
+    vgg = RECIPES["vgg19-small-cifar10"].with_fields({"model_options.width": 0.5})
+    assert vgg.model_options == {"width": 0.5, "stem_stride": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("presence.optimiser", "sgd", "no field 'presence.optimiser'; it has .*presence.optimizer"),
+        ("nonsense", 1, "no field"),
+        ("presence", 1, "no field"),
+        ("name.x", 1, "no field"),
+        ("presence.lr", "fast", "no value of that kind"),
+        ("presence.lr", None, "no value of that kind"),
+        ("presence.lr", float("nan"), "no value of that kind"),
+        ("presence.init", 0.1, "no value of that kind"),
+        ("batch_size", 12.5, "no value of that kind"),
+        ("augment", 1, "no value of that kind"),
+        ("pressure.floor", "low", "no value of that kind"),
+        ("target_sparsity", 98, "between 0 and 1"),
+    ],
+)
+def test_fields_that_do_not_fit(name, value, words):
+    with pytest.raises(UserError, match=words):
+        RECIPES["lenet300-digits"].with_fields({name: value})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        (RECIPES["lenet300-digits"].with_target(0.9), "--target-sparsity 0.9"),
+        (RECIPES["lenet300-mnist-gamma"].with_gamma(2**-6), "--gamma 0.015625"),
+        (cifar().with_gamma(2), "--gamma 2.0"),
+        (
+            RECIPES["lenet300-digits-gamma"].with_fields({"presence.init": [0.1, 0.2]}),
+            "--gamma 1.0 --set 'presence.init=[0.1,0.2]'",
+        ),
+        (
+            RECIPES["lenet300-digits"].scaled(0.1),
+            "--target-sparsity 0.95 --set dense.epochs=3 --set pruning.epochs=8 "
+            "--set regrowth.epochs=4",
+        ),
+    ],
+)
+def test_the_command_that_repeats_a_run(recipe, options):
+    command = f"minihyperflows prune {recipe.name} {options} --device cpu --seed 3"
+    assert command_for(recipe, 3, "cpu") == command
+
+
+def test_a_recipe_that_is_not_listed_has_no_command():
+    assert command_for(cifar(name="mine"), 0, "cpu").startswith("lab.run(recipe")

@@ -109,6 +109,39 @@ def test_kill_minus_nine_at_random_moments(tmp_path):
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
 
+def test_a_constant_pressure_from_random_weights(tmp_path, monkeypatch):
+    """No dense stage, no target, no regrowth; killed and continued it ends the same."""
+    monkeypatch.setattr(runs, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    recipe = lab.RECIPES["lenet300-digits-gamma"].scaled(0.05)  # 4 epochs
+    summary = lab.run(recipe, tmp_path / "whole", progress=False)
+    assert summary["target_sparsity"] is summary["dense_accuracy"] is summary["landed_by"] is None
+    assert not (tmp_path / "whole" / "dense.safetensors").exists()
+    metrics = rows(tmp_path / "whole")
+    assert [row["gamma"] for row in metrics] == ["1.0"] * 4
+    assert {row["expected_density"] for row in metrics} == {""}
+
+    class Killed(BaseException):
+        pass
+
+    def after_two(record):
+        if record.epoch == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        lab.run(recipe, tmp_path / "run", progress=False, observe=after_two)
+    assert rows(tmp_path / "run") == metrics[:2]  # `observe` comes before the saving
+    lab.run(recipe, tmp_path / "run", progress=False)
+    assert rows(tmp_path / "run") == metrics
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_pressure_that_nothing_survives(tmp_path):
+    recipe = lab.RECIPES["lenet300-digits-gamma"].with_fields({"presence.init": [0.01, 0.02]})
+    summary = lab.run(recipe.with_gamma(1e6).scaled(0.02), tmp_path, progress=False)
+    assert summary["remaining"] == summary["flops_sparse"] == 0
+    assert (tmp_path / "plots" / "layers.png").exists()
+
+
 def test_another_experiment_in_the_folder_is_refused(finished):
     folder, _ = finished
     with pytest.raises(

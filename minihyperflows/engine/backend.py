@@ -7,6 +7,7 @@ with an ``import`` inside a function.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 from types import ModuleType
 from typing import Any
@@ -28,13 +29,13 @@ def device_of(array: Array) -> str:
 
 def xp_of(array: Array) -> ModuleType:
     """The array module (``numpy`` or ``cupy``) that ``array`` belongs to."""
-    return np if device_of(array) == "cpu" else _cupy()
+    return np if device_of(array) == "cpu" else cupy()
 
 
 def cuda_available() -> bool:
     """True if CuPy is installed and sees a GPU. False otherwise, never an exception."""
     try:
-        return _cupy().cuda.runtime.getDeviceCount() > 0
+        return cupy().cuda.runtime.getDeviceCount() > 0
     except Exception:  # a broken driver raises CuPy's own errors: all of them mean "no GPU"
         return False
 
@@ -56,13 +57,20 @@ def to_device(array: Array, device: str) -> Array:
             'no GPU is available: install CuPy (pip install "minihyperflows[gpu]") on a machine '
             "with an NVIDIA GPU, or use the cpu device"
         )
-    return _cupy().asarray(array)
+    return cupy().asarray(array)
 
 
 def to_numpy(array: Array) -> np.ndarray:
     """``array`` as a NumPy array, copied only if it lives on a GPU."""
-    return np.asarray(array) if device_of(array) == "cpu" else _cupy().asnumpy(array)
+    return np.asarray(array) if device_of(array) == "cpu" else cupy().asnumpy(array)
 
 
-def _cupy() -> ModuleType:
+def cupy() -> ModuleType:
+    """CuPy itself, for what NumPy has nothing like: kernels, streams, graphs."""
     return importlib.import_module("cupy")
+
+
+def cuda_library(name: str) -> ctypes.CDLL:
+    """One of NVIDIA's libraries, "cublas" say: the file that CuPy uses."""
+    pathfinder = importlib.import_module("cuda.pathfinder")  # comes with CuPy
+    return ctypes.CDLL(pathfinder.load_nvidia_dynamic_lib(name).abs_path)

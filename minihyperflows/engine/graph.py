@@ -12,10 +12,12 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from minihyperflows.engine.backend import Array, xp_of
 from minihyperflows.engine.errors import GraphError, ShapeError
+from minihyperflows.engine.gpu import elementwise as gpu_elementwise
+from minihyperflows.engine.gpu.launch import takes
 from minihyperflows.engine.memory import owns_memory
 from minihyperflows.engine.threads import add
 
@@ -90,6 +92,13 @@ class Function:
     @property
     def name(self) -> str:
         return type(self).__name__
+
+    def buffer_for(self, i: int) -> Array | None:
+        """The array in which ``backward`` may write the gradient of input ``i``: the leaf's
+        ``gradient_buffer``, if it has one that holds no gradient yet."""
+        x = self.inputs[i]
+        empty = isinstance(x, Leaf) and x.grad is None
+        return x.gradient_buffer if empty else None
 
     def parents(self) -> list[Function]:
         """The functions that made the inputs through which a gradient flows."""
@@ -179,18 +188,22 @@ def input_gradients(function: Function, cotangent: Array) -> list[Array | None]:
     return wanted
 
 
+@runtime_checkable
 class Leaf(Protocol):
-    """What the backward pass knows of a tensor that a user made: its array and its gradient."""
+    """What the backward pass knows of a tensor that a user made: its array, its gradient, and the
+    memory that the gradient is to be written to (None: to a new array)."""
 
     data: Array
     grad: Array | None
+    gradient_buffer: Array | None
 
 
 class LeafGradients:
     """Adds gradients to leaves such that every leaf owns the memory of its ``grad``.
 
     ``backward`` of an operation may hand on the cotangent itself, or a view (``a + b`` gives both
-    inputs the same array). An array is adopted as it is if nobody else can hold it; else copied.
+    inputs the same array). An array is adopted as it is if nobody else can hold it; else copied. A
+    leaf with a ``gradient_buffer`` gets its gradient there.
     """
 
     def __init__(self, cotangent: Array) -> None:
@@ -198,6 +211,9 @@ class LeafGradients:
         self._ids = {id(cotangent)}
 
     def add(self, leaf: Leaf, gradient: Array) -> None:
+        if leaf.gradient_buffer is not None:
+            _add_to_buffer(leaf, leaf.gradient_buffer, gradient)
+            return
         gradient = _as_array(gradient, leaf.data.dtype)
         if leaf.grad is None:
             if not owns_memory(gradient) or id(gradient) in self._ids:
@@ -211,6 +227,17 @@ class LeafGradients:
             leaf.grad = add(leaf.grad, gradient, out=leaf.grad if in_place else None)
         self._kept.append(leaf.grad)
         self._ids.add(id(leaf.grad))
+
+
+def _add_to_buffer(leaf: Leaf, buffer: Array, gradient: Array) -> None:
+    if leaf.grad is not None:
+        add(buffer, gradient, out=buffer)
+    elif takes(buffer, gradient):
+        if gradient is not buffer:
+            gpu_elementwise.convert(gradient, buffer)
+    elif gradient is not buffer:
+        buffer[...] = gradient
+    leaf.grad = buffer
 
 
 def _as_array(gradient: Array, dtype: Any) -> Array:

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from minihyperflows.engine.backend import Array, device_of, xp_of
+from minihyperflows.engine.backend import Array, xp_of
 from minihyperflows.engine.memory import empty
 from minihyperflows.engine.threads import (
     LARGEST_SCRATCH,
@@ -62,7 +62,7 @@ class Im2col:
         def work(images: slice) -> None:
             self.product(self.columns(x[images]), filters, y[images])
 
-        for_blocks(work, len(x), self.images_per_block(x))
+        for_blocks(work, len(x), self.images_per_block(), x)
         return y
 
     def input_gradient(self, c: Array, weight: Array) -> Array:
@@ -78,7 +78,7 @@ class Im2col:
             else:
                 self.add_windows(self.rows(c[images]) @ filters, dx[images])
 
-        for_blocks(work, len(c), self.images_per_block(c))
+        for_blocks(work, len(c), self.images_per_block(), c)
         return dx
 
     def weight_gradient(self, c: Array, x: Array) -> Array:
@@ -99,9 +99,7 @@ class Im2col:
         plain = self.kernel == self.stride == (1, 1) and not any(self.padding)
         return plain and self.groups == 1
 
-    def images_per_block(self, x: Array) -> int:
-        if device_of(x) != "cpu":
-            return max(1, len(x))
+    def images_per_block(self) -> int:
         pixels = self.positions[0] * self.positions[1]
         depth = math.prod(self.weight_shape[1:]) * self.groups
         return max(1, rows_per_block(depth, PRODUCT_BLOCK, LEAST_ROWS) // pixels)
@@ -121,7 +119,7 @@ class Im2col:
         def work(images: slice) -> None:
             columns[:, images.start * pixels : images.stop * pixels] = self.columns(x[images])
 
-        for_blocks(work, len(x), self.images_per_block(x))
+        for_blocks(work, len(x), self.images_per_block(), x)
         return columns
 
     def filters(self, weight: Array) -> Array:
@@ -195,5 +193,5 @@ def cross_product(a: Array, b: Array) -> Array:
         xp.matmul(left.swapaxes(1, 2), right, out=product[:, :, part] if wide else product[:, part])
 
     longer = max(product.shape[1:])
-    for_blocks(work, longer, longer if device_of(a) != "cpu" else max(32, -(-longer // 4)))
+    for_blocks(work, longer, max(32, -(-longer // 4)), a)
     return product

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from minihyperflows.engine.backend import Array, device_of, xp_of
-from minihyperflows.engine.errors import ShapeError
-from minihyperflows.engine.graph import Function
+from minihyperflows.engine.errors import DeviceError, ShapeError
+from minihyperflows.engine.gpu import norm as gpu_norm
+from minihyperflows.engine.gpu.scratch import as_kernels_take, is_float32
+from minihyperflows.engine.graph import Function, is_recording
 from minihyperflows.engine.memory import empty
 from minihyperflows.engine.ops import ReLU, rectify
 from minihyperflows.engine.tensor import Tensor, apply
@@ -25,6 +28,7 @@ def batch_norm(
     eps: float = 1e-5,
     residual: Tensor | None = None,
     relu: bool = False,
+    num_batches_tracked: Array | None = None,
 ) -> Tensor:
     """y = scale (x - mean) / sqrt(var + eps) + shift, per channel (the last axis of x).
 
@@ -32,7 +36,8 @@ def batch_norm(
     training both cost no further pass over memory.
 
     With ``training`` the statistics are the batch's, and the running ones (arrays, if given) are
-    updated in place, under ``no_grad`` too; otherwise they are the running ones.
+    updated in place and the batches counted, under ``no_grad`` too; otherwise they are the running
+    ones.
 
     Args:
         x: (..., C).
@@ -41,8 +46,10 @@ def batch_norm(
         momentum: the weight of this batch in the running statistics.
         eps: keeps the square root away from 0.
         residual: of the shape of x.
+        num_batches_tracked: (), an integer: how many batches the running statistics have seen.
 
     Raises:
+        DeviceError: not everything lies on the device of x.
         ShapeError: scale, shift or a running statistic is not (C,), x is (C,) itself, or the
             residual has another shape.
         ValueError: one value per channel, which has no variance, in training; or no running
@@ -55,6 +62,7 @@ def batch_norm(
         "running_var": running_var,
     }
     check_shapes(x, **given)
+    check_devices(x, **given, num_batches_tracked=num_batches_tracked)
     if residual is not None and residual.shape != x.shape:
         raise ShapeError(
             f"batch_norm: residual of shape {residual.shape} for an input of shape {x.shape}"
@@ -62,16 +70,17 @@ def batch_norm(
     scale_or_1: Any = 1.0 if scale is None else scale  # constants, so they get no gradient
     shift_or_0: Any = 0.0 if shift is None else shift
     if not training:
+        if running_mean is not None and running_var is not None and not is_recording():
+            inputs = (x, scale_or_1, shift_or_0, residual, running_mean, running_var)
+            arrays = [_data(a) for a in inputs]
+            if gpu_norm.can_normalise(*arrays):
+                return Tensor(gpu_norm.evaluate(*[*arrays, eps, relu]))
         y = normalise(x, scale_or_1, shift_or_0, running_mean, running_var, eps)
         y = y if residual is None else y + residual
         return apply(ReLU(), y) if relu else y
-    function = BatchNorm(eps, relu)
-    inputs = (x, scale_or_1, shift_or_0)
-    y = apply(function, *inputs) if residual is None else apply(function, *inputs, residual)
-    n = function.count
-    update_running(running_mean, function.mean, momentum)
-    update_running(running_var, function.var * (n / (n - 1)), momentum)  # unbiased, as in PyTorch
-    return y
+    running = RunningStatistics(running_mean, running_var, num_batches_tracked, momentum)
+    merged = () if residual is None else (residual,)
+    return apply(BatchNorm(eps, relu, running), x, scale_or_1, shift_or_0, *merged)
 
 
 def batch_norm_simple(x: Tensor, scale: Any = 1.0, shift: Any = 0.0, eps: float = 1e-5) -> Tensor:
@@ -80,6 +89,29 @@ def batch_norm_simple(x: Tensor, scale: Any = 1.0, shift: Any = 0.0, eps: float 
     centred = x - x.mean(axis=axes, keepdims=True)
     var = (centred * centred).mean(axis=axes, keepdims=True)
     return scale * (centred / (var + eps) ** 0.5) + shift
+
+
+@dataclass
+class RunningStatistics:
+    """What batch norm remembers of the batches it was trained with: arrays, updated in place.
+
+    Attributes:
+        mean, var: (C,), or None.
+        batches: (), an integer: how many there were; or None.
+        momentum: the weight of a batch.
+    """
+
+    mean: Array | None = None
+    var: Array | None = None
+    batches: Array | None = None
+    momentum: float = 0.1
+
+    def update(self, mean: Array, var: Array, rows: int) -> None:
+        """Take in a batch of ``rows`` rows with this mean and (biased) variance."""
+        update_running(self.mean, mean, self.momentum)
+        update_running(self.var, var * (rows / (rows - 1)), self.momentum)  # unbiased, as PyTorch's
+        if self.batches is not None:
+            self.batches += 1
 
 
 class BatchNorm(Function):
@@ -99,10 +131,16 @@ class BatchNorm(Function):
 
     What is kept for ``backward`` is x itself, since z is one subtraction and one product away. So
     forward and backward read or write each array no more than twice.
+
+    ``forward`` also updates the ``running`` statistics.
     """
 
-    def __init__(self, eps: float = 1e-5, relu: bool = False) -> None:
+    def __init__(
+        self, eps: float = 1e-5, relu: bool = False, running: RunningStatistics | None = None
+    ) -> None:
         self.eps, self.relu = eps, relu
+        self.running = RunningStatistics() if running is None else running
+        self.statistics: Array | None = None  # there if the kernels compute
 
     def forward(self, x: Array, scale: Array, shift: Array, residual: Array | None = None) -> Array:
         xp = xp_of(x)
@@ -113,8 +151,14 @@ class BatchNorm(Function):
                 f"BatchNorm: an input of shape {x.shape} has {self.count} value(s) per channel, "
                 "and training needs at least 2 to have a variance"
             )
-        self.mean, self.var = channel_statistics(rows)
-        self.inverse_std = 1 / xp.sqrt(self.var + self.eps)
+        running = self.running
+        if gpu_norm.can_normalise(
+            x, scale, shift, residual, running.mean, running.var, running.batches
+        ):
+            return self.forward_on_gpu(x, scale, shift, residual)
+        self.mean, var = channel_statistics(rows)
+        self.running.update(self.mean, var, self.count)
+        self.inverse_std = 1 / xp.sqrt(var + self.eps)
         factor = scale * self.inverse_std
         offset = shift - self.mean * factor
         added = None if residual is None else residual.reshape(rows.shape)
@@ -129,11 +173,22 @@ class BatchNorm(Function):
             if self.relu:
                 rectify(y[block], out=y[block])
 
-        for_blocks(work, len(rows), rows_in_block(rows))
+        for_blocks(work, len(rows), rows_per_block(rows.shape[1]), rows)
         self.y = y if self.relu else None
         return y.reshape(x.shape)
 
+    def forward_on_gpu(self, x: Array, scale: Array, shift: Array, residual: Array | None) -> Array:
+        """Two passes over memory; see ``batch_norm.cu``."""
+        running = self.running
+        update = (running.mean, running.var, running.batches, running.momentum)
+        self.statistics = gpu_norm.channel_statistics(x, scale, shift, self.eps, *update)
+        y = gpu_norm.normalise(x, residual, self.statistics, self.relu)
+        self.y = y if self.relu and residual is not None else None
+        return y
+
     def backward(self, c: Array) -> tuple[Array | None, ...]:
+        if self.statistics is not None:
+            return self.backward_on_gpu(c, self.statistics)
         rows, shift_gradient, along_x = self.cotangent_sums(c.reshape(self.rows.shape))
         scale_gradient = along_x * self.inverse_std
         dx = None
@@ -141,6 +196,31 @@ class BatchNorm(Function):
             dx = self.input_gradient(rows, scale_gradient, shift_gradient).reshape(c.shape)
         gradients = (dx, scale_gradient, shift_gradient, rows.reshape(c.shape))[: len(self.needs)]
         return tuple(g if n else None for g, n in zip(gradients, self.needs, strict=True))
+
+    def backward_on_gpu(self, c: Array, statistics: Array) -> tuple[Array | None, ...]:
+        """Two passes over memory; see ``batch_norm.cu``."""
+        c = as_kernels_take(c, self.rows.dtype)
+        x = self.rows.reshape(c.shape)
+        scale_gradient, shift_gradient = (self.vector_for(i) for i in (1, 2))
+        gradients = (scale_gradient, shift_gradient)
+        slopes = gpu_norm.cotangent_sums(c, x, self.y, statistics, self.relu, *gradients)
+        needs_residual = len(self.needs) == 4 and self.needs[3]
+        dx, masked = gpu_norm.input_gradient(
+            *(c, x, self.y, statistics, slopes, self.relu),
+            needs_x=self.needs[0],
+            needs_residual=needs_residual and self.relu,
+        )
+        residual = masked if self.relu else c
+        return (dx, *gradients, residual if needs_residual else None)[: len(self.needs)]
+
+    def vector_for(self, i: int) -> Array | None:
+        """Where the kernels write the gradient of input ``i``, of one float32 a channel."""
+        if not self.needs[i]:
+            return None
+        buffer = self.buffer_for(i)
+        if buffer is not None and is_float32(buffer):
+            return buffer
+        return xp_of(self.rows).empty(self.rows.shape[1:], "float32")
 
     def input_gradient(self, c: Array, scale_gradient: Array, shift_gradient: Array) -> Array:
         """dL/dx as rows (M, C)."""
@@ -157,7 +237,7 @@ class BatchNorm(Function):
             xp.multiply(c[block], factor, out=dx[block])
             dx[block] -= other
 
-        for_blocks(work, len(c), rows_in_block(c))
+        for_blocks(work, len(c), rows_per_block(c.shape[1]), c)
         return dx
 
     def cotangent_sums(self, c: Array) -> tuple[Array, Array, Array]:
@@ -177,7 +257,7 @@ class BatchNorm(Function):
             product *= before[block]
             return channel_sum(before[block]), channel_sum(product)
 
-        sums = for_blocks(work, len(c), rows_in_block(c))
+        sums = for_blocks(work, len(c), rows_per_block(c.shape[1]), c)
         return before, sum(s for s, _ in sums), sum(s for _, s in sums)
 
 
@@ -201,15 +281,10 @@ def channel_statistics(rows: Array) -> tuple[Array, Array]:
         centred *= centred
         return len(x), mean, channel_sum(centred)
 
-    blocks = for_blocks(work, len(rows), rows_in_block(rows))
+    blocks = for_blocks(work, len(rows), rows_per_block(rows.shape[1]), rows)
     mean = sum(n * m for n, m, _ in blocks) / len(rows)
     var = sum(s + n * (m - mean) ** 2 for n, m, s in blocks) / len(rows)
     return mean, var
-
-
-def rows_in_block(rows: Array) -> int:
-    """How many rows the threads take at a time; a GPU takes them all."""
-    return rows_per_block(rows.shape[1]) if device_of(rows) == "cpu" else len(rows)
 
 
 def channel_sum(rows: Array) -> Array:
@@ -247,6 +322,10 @@ def update_running(running: Array | None, batch: Array, momentum: float) -> None
         running += momentum * batch.real
 
 
+def _data(x: Any) -> Any:
+    return x.data if isinstance(x, Tensor) else x
+
+
 def check_shapes(x: Tensor, **given: Any) -> None:
     """Raise ShapeError unless x is (..., C) and everything given is (C,)."""
     if x.ndim < 2:
@@ -256,4 +335,15 @@ def check_shapes(x: Tensor, **given: Any) -> None:
             raise ShapeError(
                 f"batch_norm: {name} of shape {array.shape} does not fit an input of shape "
                 f"{x.shape}, which has {x.shape[-1]} channels"
+            )
+
+
+def check_devices(x: Tensor, **given: Any) -> None:
+    """Raise DeviceError unless everything given lies where x lies."""
+    for name, value in given.items():
+        where = device_of(value.data if isinstance(value, Tensor) else value)
+        if value is not None and where != x.device:
+            raise DeviceError(
+                f"batch_norm: {name} lies on the {where} device, its input on the {x.device} "
+                "device: move one with .to"
             )

@@ -15,6 +15,11 @@ import numpy as np
 
 from minihyperflows.engine.backend import Array, device_of, xp_of
 from minihyperflows.engine.errors import DeviceError, ShapeError
+from minihyperflows.engine.gpu import bias as gpu_bias
+from minihyperflows.engine.gpu import elementwise as gpu_elementwise
+from minihyperflows.engine.gpu import linear as gpu_linear
+from minihyperflows.engine.gpu import loss as gpu_loss
+from minihyperflows.engine.gpu.launch import takes
 from minihyperflows.engine.graph import Function
 from minihyperflows.engine.memory import empty
 from minihyperflows.engine.threads import add, elementwise
@@ -241,6 +246,9 @@ class ReLU(Function):
     """
 
     def forward(self, x: Array) -> Array:
+        if takes(x):
+            self.y = gpu_elementwise.relu(x)
+            return self.y
         xp = xp_of(x)
         x = xp.ascontiguousarray(x)
         self.y = empty(xp, x.shape, x.dtype)
@@ -249,6 +257,8 @@ class ReLU(Function):
         return self.y
 
     def backward(self, c: Array) -> Array:
+        if takes(c, self.y) and c.dtype == self.y.dtype:
+            return gpu_elementwise.relu_backward(c, self.y)
         xp = xp_of(c)
         c = xp.ascontiguousarray(c)
         dx = empty(xp, c.shape, c.dtype)
@@ -443,10 +453,15 @@ class Linear(Function):
                 f"Linear: bias of shape {bias.shape} does not fit a weight of shape {weight.shape}"
             )
         self.x, self.weight = x, weight
+        self.on_gpu = gpu_linear.fits(x, weight, bias)
+        if self.on_gpu:
+            return gpu_linear.forward(x, weight, bias)
         y = x @ weight.T
         return y if bias is None else add_to(y, bias)
 
     def backward(self, c: Array) -> tuple[Array | None, ...]:
+        if self.on_gpu:
+            return self.backward_on_gpu(gpu_linear.cotangent_like(c, self.weight.dtype))
         flat_c = c.reshape(-1, c.shape[-1])  # (N, out)
         flat_x = self.x.reshape(-1, self.x.shape[-1])  # (N, in)
         gradients = (
@@ -456,6 +471,16 @@ class Linear(Function):
         if len(self.needs) == 2:  # no bias
             return gradients
         return *gradients, flat_c.sum(axis=0) if self.needs[2] else None
+
+    def backward_on_gpu(self, c: Array) -> tuple[Array | None, ...]:
+        dx = gpu_linear.input_gradient(c, self.weight) if self.needs[0] else None
+        dw = db = None
+        if self.needs[1]:
+            out = gpu_linear.float32_buffer(self.buffer_for(1))
+            dw = gpu_linear.weight_gradient(c, self.x, out)
+        if any(self.needs[2:]):
+            db = gpu_bias.bias_gradient(c, gpu_linear.float32_buffer(self.buffer_for(2)))
+        return (dx, dw, db)[: len(self.needs)]
 
 
 # -- probabilities -------------------------------------------------------------------------------
@@ -501,7 +526,11 @@ class CrossEntropy(Function):
 
     q_nk = (1 - s) [k = label_n] + s / K for N samples, K classes and the label smoothing s.
     dL/dlogits = (p - q) / N.
+
+    The kernels of a GPU do not tell whether all labels lie in [0, K): the loss is NaN if not.
     """
+
+    normalisers: Array | None = None  # there if the kernels compute
 
     def __init__(self, labels: Array, label_smoothing: float = 0.0) -> None:
         if not 0 <= label_smoothing <= 1:
@@ -511,13 +540,19 @@ class CrossEntropy(Function):
     def forward(self, logits: Array) -> Array:
         if device_of(self.labels) != device_of(logits):
             raise DeviceError("CrossEntropy: labels and logits lie on different devices")
-        check_labels(self.labels, logits.shape)
+        check_labels_fit(self.labels, logits.shape)
+        if gpu_loss.can_compute(logits, self.labels):
+            return self.forward_on_gpu(logits)
+        check_labels_exist(self.labels, logits.shape[1])
         self.log_p = log_softmax(logits)
         s, rows = self.label_smoothing, xp_of(logits).arange(len(logits))
         at_label = self.log_p[rows, self.labels].mean()
         return -((1 - s) * at_label + s * self.log_p.mean()) if s else -at_label
 
     def backward(self, c: Array) -> Array:
+        if self.normalisers is not None:
+            saved = (self.logits, self.labels, self.normalisers, self.label_smoothing)
+            return gpu_loss.cross_entropy_gradient(c, *saved)
         xp = xp_of(self.log_p)
         n, k = self.log_p.shape
         difference = xp.exp(self.log_p)  # p - q, built in place
@@ -525,9 +560,14 @@ class CrossEntropy(Function):
         difference[xp.arange(n), self.labels] -= 1 - self.label_smoothing
         return difference * (c / n)
 
+    def forward_on_gpu(self, logits: Array) -> Array:
+        self.logits = logits
+        loss, self.normalisers = gpu_loss.cross_entropy(logits, self.labels, self.label_smoothing)
+        return loss
 
-def check_labels(labels: Array, logits_shape: tuple[int, ...]) -> None:
-    """Raise unless ``labels`` are N integers in [0, K) for logits of shape (N, K)."""
+
+def check_labels_fit(labels: Array, logits_shape: tuple[int, ...]) -> None:
+    """Raise unless ``labels`` are N integers for logits of shape (N, K)."""
     if len(logits_shape) != 2 or labels.shape != logits_shape[:1]:
         raise ShapeError(
             f"CrossEntropy: labels of shape {labels.shape} do not fit logits of shape "
@@ -537,9 +577,13 @@ def check_labels(labels: Array, logits_shape: tuple[int, ...]) -> None:
         raise TypeError(f"CrossEntropy: labels must be integers, not {labels.dtype}")
     if labels.size == 0:
         raise ShapeError("CrossEntropy: an empty batch has no mean loss")
+
+
+def check_labels_exist(labels: Array, classes: int) -> None:
+    """Raise unless all ``labels`` lie in [0, K)."""
     low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= logits_shape[1]:
+    if low < 0 or high >= classes:
         raise ValueError(
             f"CrossEntropy: labels from {low} to {high} are out of range for "
-            f"{logits_shape[1]} classes (0 to {logits_shape[1] - 1})"
+            f"{classes} classes (0 to {classes - 1})"
         )

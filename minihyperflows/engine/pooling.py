@@ -7,8 +7,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from minihyperflows.engine.backend import Array, device_of, xp_of
+from minihyperflows.engine.backend import Array, xp_of
 from minihyperflows.engine.errors import ShapeError
+from minihyperflows.engine.gpu import pooling as gpu_pooling
+from minihyperflows.engine.gpu.scratch import as_kernels_take
 from minihyperflows.engine.graph import Function
 from minihyperflows.engine.memory import empty
 from minihyperflows.engine.threads import for_blocks, rows_per_block
@@ -17,6 +19,8 @@ from minihyperflows.engine.windows import Pair, pair, shifted, window_positions
 
 class Pool2d(Function):
     """Reduces each window of x (N, H, W, C) to one number per channel: -> (N, H', W', C)."""
+
+    on_gpu = False  # computed by the kernels
 
     def __init__(self, size: Pair, stride: Pair | None = None) -> None:
         self.size = pair(size, f"{self.name}: size", 1)
@@ -27,9 +31,8 @@ class Pool2d(Function):
         return shifted(x, self.size, self.stride)
 
     def images_per_block(self, x: Array) -> int:
-        """How many images the threads take at a time; a GPU takes them all."""
-        image = math.prod(x.shape[1:])
-        return rows_per_block(image) if device_of(x) == "cpu" else max(1, len(x))
+        """How many images a thread takes at a time."""
+        return rows_per_block(math.prod(x.shape[1:]))
 
     def check(self, shape: tuple[int, ...]) -> None:
         if len(shape) != 4:
@@ -50,7 +53,11 @@ class MaxPool2d(Pool2d):
 
     def forward(self, x: Array) -> Array:
         self.check(x.shape)
-        self.shape, xp = x.shape, xp_of(x)
+        self.shape, self.dtype, xp = x.shape, x.dtype, xp_of(x)
+        self.on_gpu = gpu_pooling.can_max_pool(x, self.size)
+        if self.on_gpu:
+            y, self.place = gpu_pooling.max_pool(x, self.size, self.stride)
+            return y
         y_shape = (len(x), *window_positions(x.shape, self.size, self.stride), x.shape[3])
         y = empty(xp, y_shape, x.dtype)
         self.place = xp.zeros(y_shape, np.min_scalar_type(math.prod(self.size)))  # of the largest
@@ -65,17 +72,21 @@ class MaxPool2d(Pool2d):
                 xp.copyto(largest, pixels, where=larger)
                 xp.copyto(place, k, where=larger)
 
-        for_blocks(work, len(x), self.images_per_block(x))
+        for_blocks(work, len(x), self.images_per_block(x), x)
         return y
 
     def backward(self, c: Array) -> Array:
+        if self.on_gpu:
+            c = as_kernels_take(c, self.dtype)
+            windows = (self.shape, self.size, self.stride)
+            return gpu_pooling.max_pool_gradient(c, self.place, *windows)
         dx = xp_of(c).zeros(self.shape, dtype=c.dtype)
 
         def work(images: slice) -> None:
             for k, pixels in enumerate(self.shifted(dx[images])):
                 pixels += c[images] * (self.place[images] == k)
 
-        for_blocks(work, len(c), self.images_per_block(dx))
+        for_blocks(work, len(c), self.images_per_block(dx), c)
         return dx
 
 
@@ -84,11 +95,17 @@ class AvgPool2d(Pool2d):
 
     def forward(self, x: Array) -> Array:
         self.check(x.shape)
-        self.shape = x.shape
+        self.shape, self.dtype = x.shape, x.dtype
+        self.on_gpu = gpu_pooling.can_avg_pool(x)
+        if self.on_gpu:
+            return gpu_pooling.avg_pool(x, self.size, self.stride)
         first, *others = self.shifted(x)
         return sum(others, start=first) / (self.size[0] * self.size[1])
 
     def backward(self, c: Array) -> Array:
+        if self.on_gpu:
+            c = as_kernels_take(c, self.dtype)
+            return gpu_pooling.avg_pool_gradient(c, self.shape, self.size, self.stride)
         share = c / (self.size[0] * self.size[1])
         dx = xp_of(c).zeros(self.shape, dtype=share.dtype)
         for pixels in self.shifted(dx):

@@ -29,6 +29,8 @@ class Tensor:
     Attributes:
         data: the array.
         grad: dL/d(data), an array of the same shape, or None. Several backward passes add up.
+        gradient_buffer: an array of the same shape, perhaps of another dtype, in whose memory
+            ``grad`` is to lie; None: in new memory.
         creator: the :class:`~minihyperflows.engine.graph.Function` that made it; None for a leaf.
     """
 
@@ -53,6 +55,7 @@ class Tensor:
             )
         self.requires_grad = requires_grad
         self.grad: Array | None = None
+        self.gradient_buffer: Array | None = None
         self.creator: Function | None = None
 
     # -- what it is ------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from minihyperflows.engine.backend import Array, device_of, xp_of
+from minihyperflows.engine.gpu import elementwise as gpu_elementwise
 from minihyperflows.engine.memory import empty
 
 T = TypeVar("T")
@@ -78,12 +79,17 @@ def blas_libraries() -> list[dict[str, Any]]:
     return [library.info() for library in _blas()]
 
 
-def for_blocks(work: Callable[[slice], T], length: int, block: int) -> list[T]:
+def for_blocks(
+    work: Callable[[slice], T], length: int, block: int, array: Array | None = None
+) -> list[T]:
     """``work(slice)`` for each block of ``block`` items out of ``length``: the results, in order.
 
     The blocks run side by side, so ``work`` must write to its own block only. An exception in one
-    of them is raised here, after the others have ended.
+    of them is raised here, after the others have ended. ``array`` is one of those that ``work``
+    deals with: on a GPU, which has threads of its own, all items are one block.
     """
+    if device_of(array) != "cpu":
+        block = max(1, length)
     slices = [slice(start, min(start + block, length)) for start in range(0, length, block)]
     available = 1 if _working.get() else threads()
     if available == 1:
@@ -130,23 +136,24 @@ def rows_per_block(row_size: int, block: int = BLOCK, least: int = 1) -> int:
 def elementwise(work: Callable[..., None], *arrays: Array) -> None:
     """Call ``work`` on blocks of C-contiguous arrays of one shape: the same block of each array.
 
-    ``work`` takes as many arrays as there are ``arrays`` and writes into some of them. The arrays
-    of a GPU are one block.
+    ``work`` takes as many arrays as there are ``arrays`` and writes into some of them.
     """
-    if arrays[0].size <= BLOCK or device_of(arrays[0]) != "cpu":
+    if arrays[0].size <= BLOCK:
         work(*arrays)
         return
     flat = [a.reshape(-1) for a in arrays]
-    for_blocks(lambda block: work(*(a[block] for a in flat)), flat[0].size, BLOCK)
+    for_blocks(lambda block: work(*(a[block] for a in flat)), flat[0].size, BLOCK, flat[0])
 
 
 def add(a: Array, b: Array, out: Array | None = None) -> Array:
     """a + b for arrays of one shape, into ``out`` if given."""
+    if gpu_elementwise.can_add(a, b, out):
+        return gpu_elementwise.add(a, b, out)
     if a.size <= BLOCK or device_of(a) != "cpu":
         return xp_of(a).add(a, b, out=out)
     out = empty(np, a.shape, np.result_type(a, b)) if out is None else out
     rows = rows_per_block(a.size // len(a))
-    for_blocks(lambda block: np.add(a[block], b[block], out=out[block]), len(a), rows)
+    for_blocks(lambda block: np.add(a[block], b[block], out=out[block]), len(a), rows, a)
     return out
 
 

@@ -10,7 +10,7 @@ from functools import cache
 
 import numpy as np
 
-from minihyperflows.engine.backend import Array, device_of, xp_of
+from minihyperflows.engine.backend import Array, xp_of
 from minihyperflows.engine.memory import empty
 from minihyperflows.engine.threads import (
     LARGEST_SCRATCH,
@@ -86,7 +86,7 @@ class Winograd:
             v = self.transform_images(x[images])
             self.gather(xp.matmul(v, u), y[images])
 
-        for_blocks(work, len(x), self.images_per_block(x))
+        for_blocks(work, len(x), self.images_per_block(), x)
         return y
 
     def input_gradient(self, c: Array, weight: Array) -> Array:
@@ -99,7 +99,7 @@ class Winograd:
             dm = self.transform_cotangents(c[images])
             self.add_tiles(xp.matmul(dm, u), dx[images])
 
-        for_blocks(work, len(c), self.images_per_block(c))
+        for_blocks(work, len(c), self.images_per_block(), c)
         return dx
 
     def weight_gradient(self, c: Array, x: Array) -> Array:
@@ -124,13 +124,13 @@ class Winograd:
             self.transform_images(x[images], out=v[:, part])
             self.transform_cotangents(c[images], out=dm[:, part])
 
-        for_blocks(transform, len(x), self.images_per_block(x))
+        for_blocks(transform, len(x), self.images_per_block(), x)
         du = empty(xp, (self.points, self.filters, self.channels), xp.result_type(x, c))
 
         def multiply(p: slice) -> None:
             xp.matmul(dm[p].swapaxes(1, 2), v[p], out=du[p])
 
-        for_blocks(multiply, self.points, self.points if device_of(x) != "cpu" else 1)
+        for_blocks(multiply, self.points, 1, x)
         return du
 
     # -- the transforms --------------------------------------------------------------------------
@@ -144,7 +144,7 @@ class Winograd:
         def work(some: slice) -> None:
             xp.matmul(g, w[some], out=u[:, some].swapaxes(0, 1))
 
-        for_blocks(work, self.filters, self.filters_per_block(weight))
+        for_blocks(work, self.filters, self.filters_per_block(), weight)
         return u
 
     def filter_gradients(self, du: Array) -> Array:
@@ -155,7 +155,7 @@ class Winograd:
         def work(some: slice) -> None:
             xp.matmul(g.T, du[:, some].swapaxes(0, 1), out=dw[some])
 
-        for_blocks(work, self.filters, self.filters_per_block(du))
+        for_blocks(work, self.filters, self.filters_per_block(), du)
         return dw.reshape(self.filters, 3, 3, self.channels)
 
     def transform_images(self, x: Array, out: Array | None = None) -> Array:
@@ -227,16 +227,12 @@ class Winograd:
         cells[:, 1:, :2, 1:, :2] += tiles[:, :, rest, :, rest]
         dx[...] = padded[:, p : p + h, q : q + w]
 
-    def images_per_block(self, x: Array) -> int:
-        if device_of(x) != "cpu":
-            return max(1, len(x))
+    def images_per_block(self) -> int:
         tile = self.points * max(self.channels, self.filters)
         per_image = self.tiles[0] * self.tiles[1]
         return max(1, rows_per_block(tile, PRODUCT_BLOCK, LEAST_TILES) // per_image)
 
-    def filters_per_block(self, weight: Array) -> int:
-        if device_of(weight) != "cpu":
-            return self.filters
+    def filters_per_block(self) -> int:
         return rows_per_block(self.points * self.channels, PRODUCT_BLOCK)
 
     def matrix(self, name: str, like: Array) -> Array:

@@ -7,6 +7,7 @@ from minihyperflows.lab.data import Dataset, load, make_shapes32, normalise
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import RECIPES, Recipe
 from minihyperflows.lab.runs import run
+from minihyperflows.lab.sweep import run_sweep
 from minihyperflows.lab.train import EpochRecord, Trainer, build_network, evaluate, train
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "make_shapes32",
     "normalise",
     "run",
+    "run_sweep",
     "train",
 ]

@@ -7,6 +7,17 @@ from typing import Any
 
 from minihyperflows.lab.contenders import OURS, torch_name
 
+# What the contenders on a GPU are called.
+GPU_TITLES = {
+    "ours": "here, float16",
+    "ours_float32": "here, float32",
+    "torch_amp_contiguous": "PyTorch AMP, NCHW",
+    "torch_amp_channels_last": "PyTorch AMP, channels_last",
+    "torch_graph": "PyTorch AMP, CUDA graph",
+    "torch_compile": "PyTorch AMP, compiled",
+    "torch_float32": "PyTorch float32",
+}
+
 MIB = 1 << 20
 OUR_TITLES = ("ours", "memory (peak)")
 TITLES = ("ours", "PyTorch", "its format", "speed-up", "memory (peak)", "PyTorch's")
@@ -96,3 +107,43 @@ def _layer_title(entry: dict[str, Any]) -> str:
 
 def _speed(times: dict[str, float]) -> str:
     return f"{times['milliseconds']:>9.2f} ms{times['gflops']:>6.0f} GF/s"
+
+
+# -- on a GPU ------------------------------------------------------------------------------------
+
+
+def gpu_table(record: dict[str, Any]) -> str:
+    """What was measured on, and a row for each contender on each network."""
+    versions, gpu = record["versions"], record["gpu"]
+    names = ("numpy", "cupy", "torch", "cudnn")
+    known = [f"{n} {versions[n]}" for n in names if versions.get(n)]
+    driver = f"driver {gpu['driver']}" if gpu["driver"] else versions["cuda"]
+    lines = ["; ".join([gpu["name"], driver, *known])]
+    if versions["torch"] is None and "--no-torch" not in record["command"]:
+        lines.append("PyTorch is not installed: pip install torch to compare with it")
+    for entry in record["networks"]:
+        width = f", width {entry['width']:g}" if entry["width"] != 1 else ""
+        title = f"{entry['network']}, batch {entry['batch']}{width}"
+        titles = ("a step", f"{entry['images']:,} images", "evaluation", "time / ours")
+        lines += ["", f"{title:<32}" + "".join(f"{t:>16}" for t in (*titles, "memory", "start"))]
+        lines += [_contender_line(name, entry) for name in entry["contenders"]]
+    return "\n".join(lines)
+
+
+def _contender_line(name: str, entry: dict[str, Any]) -> str:
+    about = entry["contenders"][name]
+    title = GPU_TITLES.get(name, name)
+    if "error" in about:
+        return f"{title:<32}  {about['error']}"
+    steps, epochs = (entry.get(part, {"medians": {}, "ratios": {}}) for part in ("steps", "epochs"))
+    step, epoch = (part["medians"].get(name, {}) for part in (steps, epochs))
+    ratio = epochs["ratios"].get(name, steps["ratios"].get(name))
+    cells = [
+        f"{step['milliseconds']:.2f} ms" if step else "",
+        f"{epoch['seconds']:.2f} s" if epoch else "",
+        f"{epoch['evaluation']:.2f} s" if epoch else "",
+        f"{ratio:.2f}" if ratio else "",
+        f"{about['memory'] / MIB:,.0f} MiB" if "memory" in about else "",
+        f"{about['preparation']:.1f} s" if "preparation" in about else "",
+    ]
+    return f"{title:<32}" + "".join(f"{cell:>16}" for cell in cells)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,13 +16,15 @@ from tqdm import tqdm
 import minihyperflows
 from minihyperflows.engine import DeviceError
 from minihyperflows.lab.bench import NETWORKS, BenchSettings, measure
-from minihyperflows.lab.bench_table import table
+from minihyperflows.lab.bench_table import gpu_table, table
 from minihyperflows.lab.checkpoint import load_checkpoint, write_atomically, write_json
 from minihyperflows.lab.data import NAMES
 from minihyperflows.lab.errors import UserError
+from minihyperflows.lab.gpu_bench import GpuBenchSettings, measure_on_gpu, require_gpu
 from minihyperflows.lab.recipes import RECIPES, Recipe, find
 from minihyperflows.lab.records import collect
 from minihyperflows.lab.runs import RunFolder, run, versions
+from minihyperflows.lab.sweep import SweepFolder, parse_gammas, run_sweep
 
 DEFAULT_RECIPE = "lenet300-digits"
 
@@ -47,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=minihyperflows.__version__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_prune(commands)
+    _add_sweep(commands)
     _add_bench(commands)
     recipes = commands.add_parser("recipes", help="list the recipes")
     recipes.set_defaults(command=list_recipes)
@@ -75,17 +81,17 @@ def _add_prune(commands: Any) -> None:
     prune.add_argument(
         "--target-sparsity", type=float, metavar="S", help="fraction of the weights to remove"
     )
-    prune.add_argument("--data-dir", type=Path, metavar="DIR", help="where MNIST or CIFAR lie")
-    prune.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    prune.add_argument(
+        "--gamma", type=float, metavar="G", help="a constant pressure: no target, no regrowth"
+    )
+    _add_fields(prune)
+    prune.add_argument(
+        "--precision",
+        choices=("float16", "float32"),
+        help="of activations on a GPU; default: the recipe's, float16",
+    )
     prune.add_argument("--seed", type=_seed, default=0, metavar="N")
     prune.add_argument("--out", type=Path, metavar="DIR", help="default runs/RECIPE-S-seedN")
-    prune.add_argument(
-        "--epochs-scale",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="make every stage X times as long",
-    )
     prune.add_argument(
         "--dense-from",
         type=Path,
@@ -98,12 +104,73 @@ def _add_prune(commands: Any) -> None:
     prune.set_defaults(command=prune_network)
 
 
+def _add_sweep(commands: Any) -> None:
+    sweep = commands.add_parser("sweep", help="run a recipe under many constant pressures")
+    sweep.add_argument("recipe", help="see `recipes`; without its target and regrowth stage")
+    sweep.add_argument(
+        "--gammas", required=True, metavar="G", help="2^-6:2^6 in octaves, 2^-6:2^6:2, or 0.5,1,2"
+    )
+    sweep.add_argument("--seeds", type=int, default=1, metavar="K", help="0 ... K-1; default 1")
+    sweep.add_argument(
+        "--workers", type=int, metavar="N", help="processes; default one a core, 1 on a GPU"
+    )
+    sweep.add_argument("--threads", type=int, default=1, metavar="N", help="of a run; default 1")
+    sweep.add_argument("--scheduler", metavar="ADDRESS", help="of a Dask cluster to work instead")
+    sweep.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder for them")
+    sweep.add_argument(
+        "--record", type=Path, metavar="FILE", help="the table of results; default DIR/sweep.csv"
+    )
+    _add_fields(sweep)
+    sweep.add_argument(
+        "--no-resume", action="store_true", help="start over, replacing the runs in the folder"
+    )
+    sweep.set_defaults(command=sweep_gammas)
+
+
+def _add_fields(command: Any) -> None:
+    """Options that prune and sweep share."""
+    command.add_argument("--data-dir", type=Path, metavar="DIR", help="where MNIST or CIFAR lie")
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    command.add_argument(
+        "--epochs-scale",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="make every stage X times as long",
+    )
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="fields",
+        metavar="FIELD=VALUE",
+        help="change a field of the recipe, say pressure.floor=-0.3; repeatable",
+    )
+
+
 def _add_bench(commands: Any) -> None:
     bench = commands.add_parser("bench", help="time training steps, beside PyTorch's")
     names = ", ".join(NETWORKS)
     bench.add_argument("networks", nargs="*", metavar="NETWORK", help=f"of {names}; default all")
     bench.add_argument("--layers", action="store_true", help="also time each convolution shape")
-    bench.add_argument("--rounds", type=int, default=BenchSettings.rounds, metavar="N")
+    bench.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: steps and whole epochs of VGG-19 and ResNet-50 on a GPU",
+    )
+    bench.add_argument(
+        "--rounds",
+        type=int,
+        metavar="N",
+        help=f"default {BenchSettings.rounds}; of epochs on a GPU, {GpuBenchSettings.rounds}",
+    )
+    bench.add_argument(
+        "--images", type=int, metavar="N", help="of an epoch on a GPU; default all 50,000"
+    )
+    bench.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="CIFAR-10 for a GPU; default random images"
+    )
     bench.add_argument("--batch", type=int, metavar="N", help="default: each network's own")
     bench.add_argument("--width", type=float, default=1.0, metavar="X", help="scales the channels")
     bench.add_argument("--threads", type=int, metavar="N", help="default 2, or 1 on a single core")
@@ -124,11 +191,15 @@ def _seed(text: str) -> int:
 
 def prune_network(options: argparse.Namespace) -> None:
     """``prune``: run a recipe, then print what came out."""
-    recipe = find(options.recipe)
+    recipe = _chosen_recipe(options)
+    if options.gamma is not None:
+        recipe = recipe.with_gamma(options.gamma)
     if options.target_sparsity is not None:
         recipe = recipe.with_target(options.target_sparsity)
-    if options.epochs_scale != 1:
-        recipe = recipe.scaled(options.epochs_scale)
+    if options.precision is not None:
+        if options.device == "cpu":
+            raise UserError(f"--precision is for --device cuda: a CPU computes in {recipe.dtype}")
+        recipe = dataclasses.replace(recipe, gpu_dtype=options.precision)
     out = options.out or default_folder(recipe, options.seed)
     folder = RunFolder(out)
     if folder.summary.exists() and not options.no_resume:
@@ -150,15 +221,71 @@ def prune_network(options: argparse.Namespace) -> None:
 
 def default_folder(recipe: Recipe, seed: int) -> Path:
     """Where a run goes that is not told where to go."""
-    return Path("runs") / f"{recipe.name}-{recipe.target_sparsity:g}-seed{seed}"
+    target, gamma = recipe.target_sparsity, recipe.pressure.gamma
+    aim = f"gamma{gamma:g}" if target is None else f"{target:g}"
+    return Path("runs") / f"{recipe.name}-{aim}-seed{seed}"
+
+
+def _chosen_recipe(options: argparse.Namespace) -> Recipe:
+    """The recipe that the options of prune and sweep name, with the fields they change."""
+    recipe = find(options.recipe)
+    if options.fields:
+        recipe = recipe.with_fields(dict(_field(text) for text in options.fields))
+    return recipe if options.epochs_scale == 1 else recipe.scaled(options.epochs_scale)
+
+
+def _field(text: str) -> tuple[str, Any]:
+    """``presence.init=[0.1,0.2]`` -> its name and value: JSON, or a text without quotes."""
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise UserError(f"--set {text} has no value: write FIELD=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _aim(recipe: Recipe) -> str:
+    """What a recipe prunes to, or with."""
+    if recipe.target_sparsity is None:
+        return f"under constant pressure {recipe.pressure.gamma:g}"
+    return f"to sparsity {recipe.target_sparsity:.2%}"
+
+
+def sweep_gammas(options: argparse.Namespace) -> None:
+    """``sweep``: run a recipe under many pressures, with several seeds each."""
+    recipe, gammas = _chosen_recipe(options), parse_gammas(options.gammas)
+    if options.scheduler and options.workers:
+        raise UserError("a cluster has workers of its own: leave out --workers or --scheduler")
+    print(
+        f"{recipe.name}: {recipe.model} on {recipe.dataset}, {len(gammas)} pressures from "
+        f"{gammas[0]:g} to {gammas[-1]:g}, seeds 0 to {options.seeds - 1}"
+    )
+    run_sweep(
+        recipe,
+        gammas,
+        options.out,
+        seeds=options.seeds,
+        workers=_default_workers(options.device) if options.workers is None else options.workers,
+        scheduler=options.scheduler,
+        threads=options.threads,
+        data_dir=options.data_dir,
+        device=options.device,
+        resume=not options.no_resume,
+        record=options.record,
+    )
+    print(f"records: {options.record or SweepFolder(options.out).table}")
+
+
+def _default_workers(device: str) -> int:
+    return 1 if device == "cuda" else os.cpu_count() or 1
 
 
 def describe(recipe: Recipe, seed: int) -> str:
     """A line that says what is about to run."""
     stages = recipe.timeline
     return (
-        f"{recipe.name}: {recipe.model} on {recipe.dataset} to sparsity "
-        f"{recipe.target_sparsity:.2%}, "
+        f"{recipe.name}: {recipe.model} on {recipe.dataset} {_aim(recipe)}, "
         f"{stages.dense} dense + {stages.pruning} pruning + {stages.regrowth} regrowth epochs, "
         f"seed {seed}"
     )
@@ -176,11 +303,16 @@ def summary_table(summary: dict[str, Any]) -> str:
         ("FLOPs per image", f"{s['flops_dense']:,}", f"{s['flops_sparse']:,}"),
     ]
     lines = [f"{name:<16}{dense:>16}{pruned:>16}" for name, dense, pruned in rows]
-    note = (
-        f"target {s['target_sparsity']:.2%}; before regrowth {s['sparsity_before_regrowth']:.2%} "
-        f"at {s['accuracy_before_regrowth']:.2%} accuracy; {s['seconds']:.0f} s"
-    )
-    return "\n".join(["", *lines, "", note])
+    if s["target_sparsity"] is None:
+        note = f"constant pressure {s['recipe']['pressure']['gamma']:g}"
+    else:
+        note = f"target {s['target_sparsity']:.2%}"
+    if s["recipe"]["regrowth"]["epochs"]:
+        note += (
+            f"; before regrowth {s['sparsity_before_regrowth']:.2%} "
+            f"at {s['accuracy_before_regrowth']:.2%} accuracy"
+        )
+    return "\n".join(["", *lines, "", f"{note}; {s['seconds']:.0f} s"])
 
 
 def list_recipes(_: argparse.Namespace) -> None:
@@ -188,8 +320,8 @@ def list_recipes(_: argparse.Namespace) -> None:
     for recipe in RECIPES.values():
         stages = recipe.timeline
         print(
-            f"{recipe.name:<26}{recipe.model} on {recipe.dataset}, sparsity "
-            f"{recipe.target_sparsity:g}, epochs {stages.dense}+{stages.pruning}+{stages.regrowth}"
+            f"{recipe.name:<26}{recipe.model} on {recipe.dataset} {_aim(recipe)}, "
+            f"epochs {stages.dense}+{stages.pruning}+{stages.regrowth}"
         )
         for deviation in recipe.deviations:
             print(f"{'':<26}- {deviation}")
@@ -205,23 +337,57 @@ def print_info(_: argparse.Namespace) -> None:
 
 
 def bench_networks(options: argparse.Namespace) -> None:
-    """``bench``: time the pruning steps of networks, beside PyTorch's, and print a table."""
+    """``bench``: time training beside PyTorch's, and print a table."""
+    if options.json and not options.json.parent.is_dir():  # say so before minutes of work
+        raise UserError(f"cannot write {options.json}: there is no folder {options.json.parent}")
+    if options.device == "cuda":
+        bench_on_gpu(options)
+        return
+    _require_unset(options, "cuda", "images", "data_dir")
     settings = BenchSettings(
         networks=tuple(options.networks) or tuple(NETWORKS),
         layers=options.layers,
-        rounds=options.rounds,
+        rounds=BenchSettings.rounds if options.rounds is None else options.rounds,
         batch=options.batch,
         width=options.width,
         threads=options.threads,
         torch=options.torch,
     )
-    if options.json and not options.json.parent.is_dir():  # say so before minutes of work
-        raise UserError(f"cannot write {options.json}: there is no folder {options.json.parent}")
     with tqdm(bar_format="{elapsed} {desc}", dynamic_ncols=True, leave=False) as line:
         record = measure(settings, progress=line.set_description_str)
     print(table(record))
     if options.json:
         write_json(options.json, record)
+
+
+def bench_on_gpu(options: argparse.Namespace) -> None:
+    """``bench --device cuda``; the record is written whenever something was added to it."""
+    _require_unset(options, "cpu", "layers", "threads")
+    given = {
+        "networks": tuple(options.networks),
+        **{name: getattr(options, name) for name in ("rounds", "batch", "images", "data_dir")},
+    }
+    settings = GpuBenchSettings(
+        **{name: value for name, value in given.items() if value not in (None, ())},
+        width=options.width,
+        torch=options.torch,
+    )
+
+    def save(record: dict[str, Any]) -> None:
+        if options.json:
+            write_json(options.json, record)
+
+    require_gpu()
+    with tqdm(bar_format="{elapsed} {desc}", dynamic_ncols=True, leave=False) as line:
+        record = measure_on_gpu(settings, line.set_description_str, save)
+    print(gpu_table(record))
+    save(record)
+
+
+def _require_unset(options: argparse.Namespace, device: str, *names: str) -> None:
+    for name in names:
+        if getattr(options, name):
+            raise UserError(f"--{name.replace('_', '-')} is for --device {device}")
 
 
 def collect_records(options: argparse.Namespace) -> None:

@@ -44,6 +44,11 @@ def torch_peers() -> ModuleType:
     return importlib.import_module("minihyperflows.lab.torch_peers")
 
 
+def torch_gpu_peers() -> ModuleType:
+    """The module with PyTorch's side on a GPU."""
+    return importlib.import_module("minihyperflows.lab.torch_gpu_peers")
+
+
 def torch_version() -> str:
     """PyTorch's version."""
     return str(torch_peers().torch.__version__)

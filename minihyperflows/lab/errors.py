@@ -15,3 +15,7 @@ class UserError(Exception):
 
 class FormatError(ValueError):
     """What is wrong inside a file, worded so that the file's name can stand before it."""
+
+
+class OutOfTimeError(Exception):
+    """A run stopped at the end of an epoch because its time was over; its checkpoint is written."""

@@ -1,4 +1,4 @@
-"""What a measurement ran on: processor, BLAS library, environment; and memory in use."""
+"""What a measurement ran on: processor, BLAS library, environment, GPU; and memory in use."""
 
 from __future__ import annotations
 
@@ -11,10 +11,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from minihyperflows.engine.backend import cupy
 from minihyperflows.engine.threads import blas_libraries
 
 # What makes a BLAS library choose other kernels or another number of threads.
 VARIABLES = ("OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
+
+# What nvidia-smi is asked for; the units are MHz, W and degrees Celsius.
+SMI_FIELDS = {
+    "driver": "driver_version",
+    "clock": "clocks.sm",
+    "memory_clock": "clocks.mem",
+    "highest_clock": "clocks.max.sm",
+    "power": "power.draw",
+    "temperature": "temperature.gpu",
+}
 
 
 def describe_machine() -> dict[str, Any]:
@@ -80,3 +91,39 @@ def peak_memory() -> int | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+# -- the GPU -------------------------------------------------------------------------------------
+
+
+def describe_gpu() -> dict[str, Any]:
+    """The GPU in use, as JSON types, with its state now (``SMI_FIELDS``) where nvidia-smi tells."""
+    xp = cupy()
+    properties = xp.cuda.runtime.getDeviceProperties(xp.cuda.Device().id)
+    return {
+        "name": properties["name"].decode(),
+        "memory": properties.get("totalGlobalMem"),
+        "multiprocessors": properties.get("multiProcessorCount"),
+        "compute_capability": f"{properties.get('major')}.{properties.get('minor')}",
+        **gpu_state(),
+    }
+
+
+def gpu_state() -> dict[str, str | None]:
+    """Driver, clocks, power and temperature as nvidia-smi gives them; None where it does not."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(SMI_FIELDS.values())}"]
+    command += ["--format=csv,noheader,nounits", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return dict.fromkeys(SMI_FIELDS)
+    values = [value.strip() for value in done.stdout.strip().split(",")]
+    if done.returncode or len(values) != len(SMI_FIELDS):
+        return dict.fromkeys(SMI_FIELDS)
+    return dict(zip(SMI_FIELDS, values, strict=True))
+
+
+def gpu_memory() -> int:
+    """Bytes of the GPU's memory that are taken now, by whomever."""
+    free, total = cupy().cuda.runtime.memGetInfo()
+    return int(total - free)

@@ -32,11 +32,11 @@ def accuracy_and_density(records: Sequence[EpochRecord]) -> Figure:
     epochs = [r.epoch for r in records]
     top.plot(epochs, [100 * r.test_accuracy for r in records], color=BLUE)
     top.set_ylabel("test accuracy (%)")
-    bottom.plot(
-        epochs, [100 * r.expected_density for r in records], color=GREY, ls="--", label="aimed at"
-    )
+    aims = [(r.epoch, 100 * r.expected_density) for r in records if r.expected_density is not None]
+    if aims:
+        bottom.plot(*zip(*aims, strict=True), color=GREY, ls="--", label="aimed at")
     bottom.plot(epochs, [100 * r.density for r in records], color=ORANGE, label="measured")
-    bottom.set_yscale("log")
+    _log_scale(bottom, [r.density for r in records])
     bottom.set_ylabel("weights present (%)")
     bottom.set_xlabel("epoch")
     bottom.legend(frameon=False, loc="lower left")
@@ -79,7 +79,7 @@ def layer_densities(records: Sequence[EpochRecord]) -> Figure:
     axes.set_xticks(
         range(len(last)), list(last), rotation=90 if many else 0, fontsize=6 if many else 9
     )
-    axes.set_yscale("log")
+    _log_scale(axes, [layer.density for layer in last.values()])
     axes.set_ylabel("weights present (%)")
     axes.legend(frameon=False)
     return figure
@@ -97,6 +97,13 @@ def shade_stages(axes: Axes, records: Sequence[EpochRecord], label: bool = True)
             place = axes.get_xaxis_transform()
             axes.text(middle, 1.02, stage, transform=place, ha="center", fontsize=9, color=GREY)
     axes.set_xlim(records[0].epoch - 0.5, records[-1].epoch + 0.5)
+
+
+def _log_scale(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic axis, unless there is nothing with a logarithm: under a high pressure no weight
+    may be left."""
+    if any(value > 0 for value in values):
+        axes.set_yscale("log")
 
 
 def _one_panel(ylabel: str) -> tuple[Figure, Axes]:

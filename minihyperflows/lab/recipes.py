@@ -7,6 +7,9 @@ from there. Where a recipe differs from the authors' code, its ``deviations`` sa
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +24,9 @@ AFTER_DENSE = (
     *("name", "target_sparsity", "pruning", "regrowth", "presence", "pressure"),
     *("authors_timeline", "deviations"),
 )
+
+# Fields with a number or nothing.
+OPTIONAL = ("target_sparsity", "pressure.floor", "pressure.gamma")
 
 
 def scheduled_lr(schedule: str, start: float, end: float, done: float) -> float:
@@ -92,6 +98,8 @@ class PressureSettings:
         updates = self.updates_per_epoch
         if not isinstance(updates, int) or updates < 1:
             raise UserError(f"updates_per_epoch must be a whole number from 1 on, not {updates!r}")
+        if self.gamma is not None and not 0 <= self.gamma < math.inf:
+            raise UserError(f"a pressure gamma is a number from 0 on, not {self.gamma:g}")
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,14 @@ class Regrowth:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One experiment: a network, a data set, and the three stages."""
+    """One experiment: a network, a data set, and the three stages.
+
+    ``target_sparsity`` is None under a constant pressure (``pressure.gamma``), which leads to a
+    density but aims at none.
+
+    ``dtype`` is that of the weights and of everything on the CPU; ``gpu_dtype`` that of activations
+    and weights in use on a GPU, "float16" or "float32".
+    """
 
     name: str
     model: str
@@ -139,11 +154,12 @@ class Recipe:
     dense: WeightTraining
     pruning: WeightTraining
     regrowth: Regrowth
-    target_sparsity: float
+    target_sparsity: float | None
     model_options: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 128
     augment: bool = False
     dtype: str = "float32"
+    gpu_dtype: str = "float16"
     presence: PresenceTraining = field(default_factory=PresenceTraining)
     pressure: PressureSettings = field(default_factory=PressureSettings)
     train_bn_scale: bool = True
@@ -151,10 +167,22 @@ class Recipe:
     deviations: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 0 < self.target_sparsity < 1:
+        if self.target_sparsity is None:
+            self._require_no_need_of_a_target()
+        elif not 0 < self.target_sparsity < 1:
             raise UserError(
                 f"the target sparsity is the fraction of weights to remove, between 0 and 1 "
                 f"(0.95, say), not {self.target_sparsity:g}"
+            )
+        if self.gpu_dtype not in ("float16", "float32"):
+            raise UserError(f"a GPU computes in float16 or float32, not in {self.gpu_dtype}")
+
+    def _require_no_need_of_a_target(self) -> None:
+        if self.pressure.gamma is None:
+            raise UserError("a recipe needs a target_sparsity, or a constant pressure.gamma")
+        if self.regrowth.epochs and self.regrowth.land:
+            raise UserError(
+                "regrowth lands on a target: set target_sparsity, or regrowth.land to false"
             )
 
     @property
@@ -169,8 +197,52 @@ class Recipe:
         return int(self.authors_timeline)
 
     def with_target(self, sparsity: float) -> Recipe:
-        """The same experiment with another target sparsity."""
+        """The same experiment with another target sparsity.
+
+        Raises:
+            UserError: it has none.
+        """
+        if self.target_sparsity is None:
+            raise UserError(f"{self.name} has a constant pressure, which aims at no sparsity")
         return dataclasses.replace(self, target_sparsity=sparsity)
+
+    def with_gamma(self, gamma: float) -> Recipe:
+        """The same network under the constant pressure ``gamma``: no target, no regrowth stage.
+
+        Raises:
+            UserError: the recipe has no stage under pressure.
+        """
+        if self.pruning.epochs < 1:
+            raise UserError(f"{self.name} has no stage under pressure: choose a recipe that has")
+        return dataclasses.replace(
+            self,
+            target_sparsity=None,
+            pressure=dataclasses.replace(self.pressure, gamma=float(gamma)),
+            regrowth=dataclasses.replace(self.regrowth, epochs=0),
+        )
+
+    def with_fields(self, fields: Mapping[str, Any]) -> Recipe:
+        """The same experiment with other values of some fields.
+
+        Args:
+            fields: by dotted name, ``{"presence.optimizer": "sgd", "pressure.floor": -0.3}``.
+
+        Raises:
+            UserError: there is no such field, or the value is of another type.
+        """
+        values = json.loads(json.dumps(self.to_json()))
+        for name, value in fields.items():
+            *path, last = name.split(".")
+            part = values
+            for step in path:
+                part = part.get(step) if isinstance(part, dict) else None
+            known = flat(values)
+            if not isinstance(part, dict) or (name not in known and path != ["model_options"]):
+                raise UserError(f"a recipe has no field {name!r}; it has {', '.join(known)}")
+            if last in part and not _same_kind(name, part[last], value):
+                raise UserError(f"{name} is {part[last]!r}; {value!r} is no value of that kind")
+            part[last] = value
+        return Recipe.from_json(values)
 
     def scaled(self, factor: float) -> Recipe:
         """The same experiment with every stage ``factor`` times as long (at least one epoch)."""
@@ -221,6 +293,24 @@ class Recipe:
             raise UserError(f"this recipe is not one of this version: {error}") from error
 
 
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one: {"dense": {"lr": 0.1}} -> {"dense.lr": 0.1}."""
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        nested = isinstance(value, dict)
+        result |= flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return result
+
+
+def _same_kind(name: str, old: Any, new: Any) -> bool:
+    """Whether ``new`` can stand where ``old`` does in a recipe's JSON file."""
+    if new is None:
+        return name in OPTIONAL
+    if old is None or isinstance(old, float):
+        return isinstance(new, int | float) and not isinstance(new, bool) and math.isfinite(new)
+    return type(old) is type(new)
+
+
 def find(name: str) -> Recipe:
     """The recipe called ``name``.
 
@@ -248,7 +338,7 @@ _LENET_DEVIATIONS = (
 _CIFAR_DEVIATIONS = (
     *_DEVIATIONS,
     "batch-norm scales are trained (the authors' stay at 1 by accident; train_bn_scale=False)",
-    "float32 throughout (the authors use automatic mixed precision)",
+    "float32 on the CPU (the authors, and gpu_dtype here, have half precision where it is safe)",
 )
 
 
@@ -317,6 +407,44 @@ _LENET_MNIST = Recipe(
 )
 
 
+# Density against a constant pressure, as in the authors' curves. They start from random weights, so
+# there is no dense stage; and no regrowth, since the question is where the pressure itself leads.
+_LENET_MNIST_GAMMA = Recipe(
+    name="lenet300-mnist-gamma",
+    model="lenet300",
+    dataset="mnist",
+    target_sparsity=None,
+    dense=WeightTraining(epochs=0, lr=5e-3),
+    pruning=WeightTraining(epochs=35, lr=5e-3, end_lr=1e-7, schedule="cosine", label_smoothing=0.1),
+    regrowth=Regrowth(epochs=0, lr=0.0, end_lr=0.0),
+    pressure=PressureSettings(gamma=1.0),
+    deviations=(
+        "35 epochs (the authors' curves have 300; pruning.epochs)",
+        "the pressure has no floor, as in the authors' code since January 2025 (their curves are "
+        "older: it ends at t = -0.3; pressure.floor=-0.3)",
+        "t learns at 0.001, as in that code (in their curves at 0.00075; presence.lr)",
+        "no dense stage: it starts from random weights, since the authors' LeNet curves do (their "
+        "ResNet-18 curves start from a trained network)",
+    ),
+)
+
+# The same in twenty seconds. t learns at three times the rate, as in lenet300-digits.
+_LENET_DIGITS_GAMMA = dataclasses.replace(
+    _LENET_MNIST_GAMMA,
+    name="lenet300-digits-gamma",
+    dataset="digits",
+    batch_size=32,
+    pruning=dataclasses.replace(_LENET_MNIST_GAMMA.pruning, epochs=80),
+    presence=PresenceTraining(lr=3e-3),
+    deviations=(
+        "the digits, 80 epochs of 45 batches of 32 (the authors' curves: MNIST, 300 of 469 of 128)",
+        *_LENET_MNIST_GAMMA.deviations[1:2],
+        "t learns at 0.003, since there are so few batches (presence.lr)",
+        *_LENET_MNIST_GAMMA.deviations[3:],
+    ),
+)
+
+
 def _small(
     name: str,
     model: str,
@@ -375,6 +503,8 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         _LENET_DIGITS,
         _LENET_MNIST,
+        _LENET_DIGITS_GAMMA,
+        _LENET_MNIST_GAMMA,
         _cifar("vgg19-cifar10", "vgg19", "cifar10"),
         _cifar("vgg19-cifar100", "vgg19", "cifar100", regrowth_lr_scale=5.0),
         _cifar("resnet50-cifar10", "resnet50", "cifar10"),

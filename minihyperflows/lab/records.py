@@ -10,7 +10,9 @@ from typing import Any
 
 from minihyperflows.lab.checkpoint import read_json, write_atomically
 from minihyperflows.lab.errors import UserError
+from minihyperflows.lab.recipes import Recipe
 
+SETTINGS = ("gamma", "floor", "presence_optimizer", "presence_lr", "epochs")
 RESULTS = (
     "target_sparsity",
     "sparsity",
@@ -31,15 +33,17 @@ PROVENANCE = ("device", "dtype", "date", "commit", "command")
 def collect(folders: Sequence[Path], out: Path) -> int:
     """Write a row for every finished run in ``folders`` to the CSV file ``out``.
 
-    A row has the results and where they come from: recipe, data set, seed, device, dtype, date,
-    commit, versions, and the command that repeats the run. Returns the number of rows.
+    A row has the results and where they come from: recipe, data set, seed, what sweeps vary
+    (``gamma`` is empty unless the pressure was constant), device, dtype, date, commit, versions,
+    and the command that repeats the run. Returns the number of rows.
 
     Raises:
         UserError: a folder holds no finished run.
     """
     rows = [_row(folder) for folder in folders]
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    names = dict.fromkeys(name for row in rows for name in row)  # those of all rows, in order
+    writer = csv.DictWriter(text, list(names), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(out, text.getvalue().encode("utf-8"))
@@ -51,10 +55,18 @@ def _row(folder: Path) -> dict[str, Any]:
     if not summary_file.exists():
         raise UserError(f"{folder} holds no finished run (it has no summary.json)")
     summary = read_json(summary_file)
-    recipe = summary["recipe"]
-    head = {"recipe": recipe["name"], "dataset": recipe["dataset"], "seed": summary["seed"]}
+    recipe = Recipe.from_json(summary["recipe"])
+    head = {"recipe": recipe.name, "dataset": recipe.dataset, "seed": summary["seed"]}
+    settings = dict(zip(SETTINGS, _settings(recipe), strict=True))
+    density = {"density": summary["remaining"] / summary["weights"]}
     body = {name: summary[name] for name in (*RESULTS, *PROVENANCE)}
-    return head | body | summary["versions"]
+    return head | settings | density | body | summary["versions"]
+
+
+def _settings(recipe: Recipe) -> tuple[Any, ...]:
+    pressure, presence = recipe.pressure, recipe.presence
+    epochs = recipe.timeline.epochs
+    return pressure.gamma, pressure.floor, presence.optimizer, presence.lr, epochs
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -14,18 +14,20 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from minihyperflows import __version__
 from minihyperflows.engine import NonFiniteLossError
+from minihyperflows.engine.backend import cupy
 from minihyperflows.flows.gate import counts
 from minihyperflows.flows.recorder import LayerFlow
 from minihyperflows.flows.stages import DENSE, REGROWTH
@@ -38,8 +40,8 @@ from minihyperflows.lab.checkpoint import (
     write_json,
 )
 from minihyperflows.lab.data import Dataset, load
-from minihyperflows.lab.errors import UserError
-from minihyperflows.lab.recipes import RECIPES, Recipe, find
+from minihyperflows.lab.errors import OutOfTimeError, UserError
+from minihyperflows.lab.recipes import RECIPES, Recipe, find, flat
 from minihyperflows.lab.train import METRICS, EpochRecord, Trainer, build_network
 from minihyperflows.nn.counting import flops, sparse_flops
 
@@ -102,7 +104,10 @@ class _Run:
     trainer: Trainer
     seed: int
     device: str
+    stop_at: float = math.inf  # a time of time.monotonic
+    save_every: float = SECONDS_BETWEEN_CHECKPOINTS
     dense_from: str | None = None  # the folder of the run that trained the dense network
+    observe: Callable[[EpochRecord], None] | None = None  # told of each epoch before it is saved
     records: list[EpochRecord] = dataclasses.field(default_factory=list)
 
 
@@ -115,6 +120,9 @@ def run(
     resume: bool = True,
     progress: bool = True,
     dense_from: str | os.PathLike[str] | None = None,
+    stop_at: float = math.inf,
+    save_every: float | None = None,
+    observe: Callable[[EpochRecord], None] | None = None,
 ) -> dict[str, Any]:
     """Run ``recipe`` in the folder ``out`` and return its summary.
 
@@ -134,8 +142,13 @@ def run(
             seed. Its dense network and the metrics of its dense epochs are used instead of training
             another, with the same result, bit for bit. A run that is continued has its dense
             network already and does not look there.
+        stop_at: a time of :func:`time.monotonic`; the run stops after the epoch in which it comes.
+        save_every: seconds between checkpoints; None for ``SECONDS_BETWEEN_CHECKPOINTS``.
+        observe: called with the record of each epoch, before anything of the epoch is saved. What
+            it raises ends the run.
 
     Raises:
+        OutOfTimeError: ``stop_at`` has come; the same call goes on from there.
         UserError: the folder holds another experiment, ``dense_from`` another dense network, the
             data are missing or damaged, the disk is full, or the loss is no longer finite. One line
             that says what to do.
@@ -147,7 +160,9 @@ def run(
         _require_same(folder, summary, recipe, seed, device)
         return summary
     data = load(recipe.dataset, data_dir)
-    state = _Run(folder, _new_trainer(recipe, data, seed, device), seed, device)
+    save_every = SECONDS_BETWEEN_CHECKPOINTS if save_every is None else save_every
+    trainer = _new_trainer(recipe, data, seed, device)
+    state = _Run(folder, trainer, seed, device, stop_at, save_every, observe=observe)
     if resume and folder.checkpoint.exists():
         _continue(state)
     else:
@@ -213,7 +228,7 @@ def _dense_checkpoint(run: _Run, path: Path) -> tuple[dict[str, np.ndarray], dic
     there = Recipe.from_json(values["recipe"]).dense_settings()
     there |= {"seed": values["seed"], "device": values["device"]}
     here = recipe.dense_settings() | {"seed": run.seed, "device": run.device}
-    if difference := _first_difference(there, here):
+    if difference := first_difference(there, here):
         raise UserError(
             f"{path} has another dense network ({difference}): give the folder of a run with the "
             "same settings, or leave out --dense-from"
@@ -226,7 +241,7 @@ def _require_same(
 ) -> None:
     """Raise unless the folder's run is the one that is asked for."""
     there = _identity(Recipe.from_json(found["recipe"]), found["seed"], found["device"])
-    if difference := _first_difference(there, _identity(recipe, seed, device)):
+    if difference := first_difference(there, _identity(recipe, seed, device)):
         raise UserError(
             f"{folder.path} holds another run ({difference}): choose another folder with --out, "
             "or start over with --no-resume"
@@ -235,31 +250,21 @@ def _require_same(
 
 def _identity(recipe: Recipe, seed: int, device: str) -> dict[str, Any]:
     """What makes a run this run and no other."""
-    return _as_json(recipe) | {"seed": seed, "device": device}
+    return as_json(recipe) | {"seed": seed, "device": device}
 
 
-def _as_json(recipe: Recipe) -> dict[str, Any]:
+def as_json(recipe: Recipe) -> dict[str, Any]:
     """The recipe as it looks once it has been through a JSON file (lists for tuples)."""
     return json.loads(json.dumps(recipe.to_json()))
 
 
-def _first_difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
+def first_difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
     """The first value, by dotted name, in which two nested dictionaries differ; None if equal."""
-    ours, theirs = _flat(here), _flat(there)
+    ours, theirs = flat(here), flat(there)
     for name in {**ours, **theirs}:
         if ours.get(name) != theirs.get(name):
             return f"{name} {theirs.get(name)} there, {name} {ours.get(name)} here"
     return None
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"dense": {"lr": 0.1}} -> {"dense.lr": 0.1}."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= (
-            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-        )
-    return flat
 
 
 # -- the epochs ----------------------------------------------------------------------------------
@@ -282,12 +287,17 @@ def _train(run: _Run, progress: bool) -> None:
                 run.records.append(trainer.run_epoch())
             except NonFiniteLossError as error:
                 raise UserError(_divergence_message(error, run.folder)) from error
+            if run.observe:
+                run.observe(run.records[-1])
+            out_of_time = time.monotonic() >= run.stop_at
             at_the_end = trainer.finished or trainer.epoch == trainer.recipe.timeline.dense
-            if at_the_end or time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+            if at_the_end or out_of_time or time.monotonic() - saved > run.save_every:
                 _save(run)
                 saved = time.monotonic()
             bar.set_postfix_str(_progress_text(run.records[-1]), refresh=False)
             bar.update()
+            if out_of_time and not trainer.finished:
+                raise OutOfTimeError(f"{run.folder.path} stopped after epoch {trainer.epoch}")
 
 
 def _progress_text(record: EpochRecord) -> str:
@@ -312,7 +322,7 @@ def _save(run: _Run) -> None:
     """
     arrays, state = run.trainer.state_dict()
     values = {
-        "recipe": _as_json(run.trainer.recipe),
+        "recipe": as_json(run.trainer.recipe),
         "seed": run.seed,
         "device": run.device,
         "dense_from": run.dense_from,
@@ -374,10 +384,10 @@ def summarise(
     dense_epochs = [r for r in records if r.stage == DENSE]
     pruned = [r for r in records if r.stage != REGROWTH][-1]
     return {
-        "recipe": _as_json(trainer.recipe),
+        "recipe": as_json(trainer.recipe),
         "seed": seed,
         "device": device,
-        "dtype": trainer.recipe.dtype,
+        "dtype": trainer.recipe.dtype if device == "cpu" else trainer.recipe.gpu_dtype,
         "dense_from": dense_from,
         "dense_accuracy": dense_epochs[-1].test_accuracy if dense_epochs else None,
         "test_accuracy": records[-1].test_accuracy,
@@ -393,29 +403,66 @@ def summarise(
         "seconds": math.fsum(r.seconds for r in records),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command_for(trainer.recipe, seed, device),
-        "versions": versions(),
+        "versions": versions() | (gpu_versions() if device == "cuda" else {}),
         "commit": commit(),
     }
 
 
 def command_for(recipe: Recipe, seed: int, device: str) -> str:
     """The command line that repeats a run (give --data-dir where the data set needs one)."""
-    known = RECIPES.get(recipe.name)
-    if known is None or known.with_target(recipe.target_sparsity) != recipe:
+    options = _options_for(recipe)
+    if options is None:
         return f"lab.run(recipe, out, device={device!r}, seed={seed}) with the recipe of this file"
-    return (
-        f"minihyperflows prune {recipe.name} --target-sparsity {recipe.target_sparsity:g} "
-        f"--device {device} --seed {seed}"
-    )
+    options += ["--device", device, "--seed", str(seed)]
+    if device == "cuda":
+        options += ["--precision", recipe.gpu_dtype]
+    return shlex.join(["minihyperflows", "prune", recipe.name, *options])
+
+
+def _options_for(recipe: Recipe) -> list[str] | None:
+    """The options that make the recipe of that name this one; None if none do."""
+    known = RECIPES.get(recipe.name)
+    if known is None:
+        return None
+    target, gamma = recipe.target_sparsity, recipe.pressure.gamma
+    if target is None and gamma is not None:
+        known = known.with_gamma(gamma)
+        options = ["--gamma", json.dumps(gamma)]
+    else:
+        known = dataclasses.replace(known, target_sparsity=target)
+        options = ["--target-sparsity", json.dumps(target)]
+    known = dataclasses.replace(known, gpu_dtype=recipe.gpu_dtype)
+    here, there = flat(as_json(recipe)), flat(as_json(known))
+    changes = {name: value for name, value in here.items() if value != there.get(name)}
+    try:
+        if known.with_fields(changes) != recipe:
+            return None
+    except UserError:  # a recipe that was made by hand
+        return None
+    for name, value in changes.items():
+        options += ["--set", f"{name}={json.dumps(value, separators=(',', ':'))}"]
+    return options
 
 
 def versions() -> dict[str, str]:
     """The versions that a number may depend on."""
     return {
-        "minihyperflows": metadata.version("minihyperflows"),
+        "minihyperflows": __version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
         "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def gpu_versions() -> dict[str, str]:
+    """CuPy's version, the GPU's name and CUDA's versions (of the runtime and the driver)."""
+    xp = cupy()
+    runtime = xp.cuda.runtime
+    name = runtime.getDeviceProperties(xp.cuda.Device().id)["name"]
+    return {
+        "cupy": xp.__version__,
+        "gpu": name.decode(),
+        "cuda": f"{runtime.runtimeGetVersion()} (driver {runtime.driverGetVersion()})",
     }
 
 

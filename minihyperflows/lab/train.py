@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -14,11 +14,14 @@ import numpy as np
 from minihyperflows import flows
 from minihyperflows import functional as F
 from minihyperflows.engine import NonFiniteLossError, Tensor, no_grad
+from minihyperflows.engine.backend import to_device
+from minihyperflows.engine.gpu.update import Counter
 from minihyperflows.flows.recorder import FlowRecorder, LayerFlow
 from minihyperflows.flows.stages import DENSE, PRUNING, REGROWTH, land
 from minihyperflows.lab.augment import crop_and_flip
 from minihyperflows.lab.data import Dataset, normalise
 from minihyperflows.lab.errors import UserError
+from minihyperflows.lab.gpu_epochs import GpuEpochs, Steering
 from minihyperflows.lab.prefetch import prefetch
 from minihyperflows.lab.recipes import PresenceTraining, Recipe, WeightTraining, find
 from minihyperflows.nn import BatchNorm2d, Module, Parameter, models, optim
@@ -40,7 +43,8 @@ class EpochRecord:
         train_loss: mean over the batches of the cross-entropy, without the pressure term.
         test_accuracy: fraction of the test set classified correctly after the epoch.
         density: fraction of the gated weights present after the epoch.
-        expected_density: what the pressure scheduler (or the regrowth controller) aimed at.
+        expected_density: what the pressure scheduler (or the regrowth controller) aimed at; None
+            under a constant pressure.
         flips: how often a weight was removed or came back, over all steps of the epoch.
         seconds: wall time of the epoch with its evaluation.
         layers: the same by layer, with flux; not part of ``metrics.csv``.
@@ -54,7 +58,7 @@ class EpochRecord:
     train_loss: float
     test_accuracy: float
     density: float
-    expected_density: float
+    expected_density: float | None
     flips: int
     seconds: float
     layers: dict[str, LayerFlow] = dataclasses.field(default_factory=dict, repr=False)
@@ -105,14 +109,15 @@ def build_network(recipe: Recipe, data: Dataset, rng: np.random.Generator) -> Mo
 
 def evaluate(net: Module, data: Dataset) -> float:
     """The fraction of the test set that ``net`` classifies correctly."""
-    dtype = next(iter(net.named_parameters().values())).dtype
+    like = next(iter(net.named_parameters().values()))
     was_training = net.training
     net.eval()
     correct = 0
     with no_grad():
         for start in range(0, len(data.test_y), EVALUATION_BATCH):
             batch = slice(start, start + EVALUATION_BATCH)
-            logits = net(Tensor(normalise(data.test_x[batch], data, dtype)))
+            images = normalise(data.test_x[batch], data, like.dtype)
+            logits = net(Tensor(to_device(images, like.device)))
             correct += int((logits.numpy().argmax(axis=1) == data.test_y[batch]).sum())
     net.train(was_training)
     return correct / len(data.test_y)
@@ -135,10 +140,12 @@ class Trainer:
         self.presence_optimizer: optim.Optimizer | None = None
         self.recorder: FlowRecorder | None = None
         self.scheduler = pressure_scheduler(recipe)
+        self.gpu = gpu_epochs(net, data, recipe)
 
     @property
-    def _target_density(self) -> float:
-        return 1 - self.recipe.target_sparsity
+    def _target_density(self) -> float | None:
+        target = self.recipe.target_sparsity
+        return None if target is None else 1 - target
 
     @property
     def finished(self) -> bool:
@@ -154,10 +161,12 @@ class Trainer:
         with np.errstate(over="ignore", invalid="ignore"):  # _backward reports what comes of it
             loss, gamma = self._train_one_epoch(stage, k)
         self.epoch += 1
-        accuracy = evaluate(self.net, self.data)
-        layers = self.recorder.take() if self.recorder else {}
+        accuracy = self.gpu.accuracy() if self.gpu else evaluate(self.net, self.data)
+        layers = self._layer_flows()
         if stage != DENSE:
             self.density = flows.density(self.net)
+        if self.gpu and self.finished:
+            self.gpu.release()
         return EpochRecord(
             epoch=self.epoch,
             stage=stage,
@@ -186,18 +195,32 @@ class Trainer:
             self.density_before_regrowth = self.density
 
     def _start_pruning(self) -> None:
-        """Optimisers and recorder of the gated network; they serve the regrowth stage too."""
+        """Optimisers and recorder of the gated network; they serve the regrowth stage too.
+
+        (On a GPU the kernel that steps the parameters records what they do.)
+        """
         weights = trainable(self.net, self.recipe)
         self.weight_optimizer = make_optimizer(weights, self.recipe.pruning)
         presences = list(flows.presences(self.net).values())
         self.presence_optimizer = make_optimizer(presences, self.recipe.presence)
-        self.recorder = FlowRecorder(self.net)
+        self._record()
+
+    def _record(self) -> None:
+        self.recorder = None if self.gpu else FlowRecorder(self.net)
+
+    def _layer_flows(self) -> dict[str, LayerFlow]:
+        """What each gated layer did in this epoch."""
+        if self.gpu and self.presence_optimizer:
+            return self.gpu.flat.layer_flows()
+        return self.recorder.take() if self.recorder else {}
 
     def _gamma(self, stage: str) -> float:
         if stage != PRUNING:
             return 0.0
-        constant = self.recipe.pressure.gamma
-        return self.scheduler.gamma if constant is None else constant
+        if self.scheduler is None:
+            assert self.recipe.pressure.gamma is not None
+            return self.recipe.pressure.gamma
+        return self.scheduler.gamma
 
     def _learning_rates(self, stage: str, k: int) -> tuple[float, float]:
         """Set the learning rates of epoch ``k`` of ``stage``, and return them."""
@@ -217,10 +240,12 @@ class Trainer:
             self.presence_optimizer.lr = presence
         return weights, presence
 
-    def _expected_density(self, stage: str, k: int) -> float:
+    def _expected_density(self, stage: str, k: int) -> float | None:
         if stage == DENSE:
             return 1.0
         if stage == PRUNING:
+            if self.scheduler is None:
+                return None
             return self.scheduler.expected(k * self.recipe.pressure.updates_per_epoch)
         return self._target_density
 
@@ -232,6 +257,8 @@ class Trainer:
         smoothing = recipe.dense.label_smoothing
         if stage != DENSE:
             smoothing = recipe.pruning.label_smoothing
+        if self.gpu:
+            return self._train_on_gpu(self.gpu, stage, k, smoothing)
         steps = -(-len(self.data.train_y) // recipe.batch_size)
         total, gammas = 0.0, []
         with closing(self._prepared_batches()) as batches:
@@ -244,11 +271,39 @@ class Trainer:
                     self.recorder.observe_flux(gammas[-1], recipe.pressure.floor)
                 self._step(stage)
                 if stage == PRUNING:
-                    self._steer(k, step, steps)
+                    self._steer(k, step, steps, self._recorded_density)
         if stage == REGROWTH and self.landed_by is None and 2 * k >= recipe.timeline.regrowth:
             self._land()
         # The mean of floats in `statistics` is exact: a constant pressure is its own mean.
         return total / len(self.data.train_y), statistics.mean(gammas)
+
+    def _train_on_gpu(
+        self, gpu: GpuEpochs, stage: str, k: int, smoothing: float
+    ) -> tuple[float, float]:
+        """The same on a GPU, where landing waits for the end of the epoch: a weight that reaches
+        the target's density stops all presences, and their number is made exact then."""
+        recipe, steps = self.recipe, -(-len(self.data.train_y) // self.recipe.batch_size)
+        landing = stage == REGROWTH and recipe.regrowth.land and self.landed_by is None
+
+        def after_step(step: int, density: Callable[[], float]) -> None:
+            if stage == PRUNING:
+                self._steer(k, step, steps, density)
+
+        steering = Steering(
+            gamma=lambda: self._gamma(stage),
+            floor=recipe.pressure.floor,
+            after_step=after_step,
+            freeze_at_density=self._target_density if landing else None,
+        )
+        optimizers = (self.weight_optimizer, self.presence_optimizer)
+        samples = FLUX_SAMPLES if self.presence_optimizer else 0
+        try:
+            loss, gammas = gpu.train(*optimizers, smoothing, steering, self.rng, samples)
+        except NonFiniteLossError as error:
+            raise _diverged(self.epoch + 1, error) from None
+        if landing and (gpu.flat.counter(Counter.FROZEN) or 2 * k >= recipe.timeline.regrowth):
+            self._land()
+        return loss, statistics.mean(gammas)
 
     def _prepared_batches(self) -> Generator[tuple[Tensor, np.ndarray]]:
         """The batches of one epoch, those with augmentation made ahead in a second thread.
@@ -276,9 +331,7 @@ class Trainer:
         try:
             loss.backward()
         except NonFiniteLossError as error:
-            raise NonFiniteLossError(
-                f"epoch {self.epoch + 1}, step {step + 1}: {error}; a lower learning rate may help"
-            ) from None
+            raise _diverged(self.epoch + 1, f"step {step + 1}: {error}") from None
 
     def _step(self, stage: str) -> None:
         """Both optimisers step on the gradients of the same backward pass, weights first."""
@@ -286,28 +339,38 @@ class Trainer:
         if self.presence_optimizer and self.recorder and self.presence_optimizer.lr > 0:
             self.presence_optimizer.step()
             self.recorder.observe_step()
-            if stage == REGROWTH and self.recorder.density >= self._target_density:
+            target = self._target_density
+            if stage == REGROWTH and target is not None and self.recorder.density >= target:
                 self._land()
 
-    def _steer(self, k: int, step: int, steps: int) -> None:
+    def _recorded_density(self) -> float:
+        assert self.recorder
+        return self.recorder.density
+
+    def _steer(self, k: int, step: int, steps: int, density: Callable[[], float]) -> None:
         """Update the pressure if ``step`` (from 0) is the last of one of the scheduler's periods.
 
         Pruning epoch ``k`` has ``steps`` batches and ``updates_per_epoch`` periods, numbered on
         from those of the epochs before. (Should it have more periods than batches, several end
-        with the same batch.)
+        with the same batch.) ``density`` measures it.
         """
-        assert self.recorder
+        if self.scheduler is None:
+            return
         updates = self.recipe.pressure.updates_per_epoch
         before, after = (n * updates // steps for n in (step, step + 1))  # periods that are over
         for period in range(before + 1, after + 1):
-            self.scheduler.update((k - 1) * updates + period, self.recorder.density)
+            self.scheduler.update((k - 1) * updates + period, density())
 
     def _land(self) -> None:
         """End the regrowth: bring the density to the target and freeze the topology."""
-        if self.recipe.regrowth.land and self.presence_optimizer and self.recorder:
-            self.landed_by = land(self.net, self._target_density)
+        target = self._target_density
+        if self.recipe.regrowth.land and self.presence_optimizer and target is not None:
+            self.landed_by = land(self.net, target)
             self.presence_optimizer.lr = 0.0
-            self.recorder.observe_step()
+            if self.recorder:
+                self.recorder.observe_step()
+            if self.gpu:
+                self.gpu.refresh()
 
     # -- saving and loading ----------------------------------------------------------------------
 
@@ -324,8 +387,9 @@ class Trainer:
             "density_before_regrowth": self.density_before_regrowth,
             "landed_by": self.landed_by,
             "gated": self.presence_optimizer is not None,
-            "scheduler": self.scheduler.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "rng": self.rng.bit_generator.state,
+            "loss_scale": self.gpu.state_dict() if self.gpu else None,
         }
         return arrays, values
 
@@ -338,20 +402,43 @@ class Trainer:
         self.weight_optimizer.load_state_dict(_with_prefix(arrays, "weights."))
         if self.presence_optimizer:
             self.presence_optimizer.load_state_dict(_with_prefix(arrays, "presences."))
-            self.recorder = FlowRecorder(self.net)
-        self.scheduler.load_state_dict(values["scheduler"])
+            self._record()
+        if self.gpu:
+            self.gpu.load_state_dict(values["loss_scale"])
+        if self.scheduler:
+            self.scheduler.load_state_dict(values["scheduler"])
         self.rng.bit_generator.state = values["rng"]
         self.epoch, self.density = int(values["epoch"]), float(values["density"])
         self.density_before_regrowth = float(values["density_before_regrowth"])
         self.landed_by = values["landed_by"]
 
 
+def gpu_epochs(net: Module, data: Dataset, recipe: Recipe) -> GpuEpochs | None:
+    """What trains ``net`` if it is on a GPU; None on the CPU.
+
+    Raises:
+        UserError: the recipe's weights are not float32, which the GPU's kernels need.
+    """
+    if net.parameters()[0].device == "cpu":
+        return None
+    if recipe.dtype != "float32":
+        raise UserError(f"{recipe.name} has {recipe.dtype} weights: a GPU trains float32 ones only")
+    return GpuEpochs(net, data, recipe.batch_size, recipe.augment, recipe.gpu_dtype)
+
+
+def _diverged(epoch: int, what: object) -> NonFiniteLossError:
+    return NonFiniteLossError(f"epoch {epoch}, {what}; a lower learning rate may help")
+
+
 def _with_prefix(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
 
 
-def pressure_scheduler(recipe: Recipe) -> flows.PressureScheduler:
-    """The scheduler of the pruning stage, aimed below the target if regrowth is to land on it."""
+def pressure_scheduler(recipe: Recipe) -> flows.PressureScheduler | None:
+    """The scheduler of the pruning stage, aimed below the target if regrowth is to land on it;
+    None if the pressure is constant."""
+    if recipe.pressure.gamma is not None or recipe.target_sparsity is None:
+        return None
     density = 1 - recipe.target_sparsity
     if recipe.regrowth.land and recipe.regrowth.epochs:
         density *= 1 - recipe.regrowth.share

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from minihyperflows.engine.backend import to_device
 from minihyperflows.engine.conv import Conv2d
 from minihyperflows.engine.graph import Function, reverse_topological_order
 from minihyperflows.engine.ops import Linear
@@ -27,8 +28,9 @@ def flops(net: Module, input_shape: tuple[int, ...]) -> dict[str, int]:
     names = {id(p): name.removesuffix(".weight") for name, p in net.named_parameters().items()}
     was_training = net.training
     net.eval()
-    dtype = next(iter(net.parameters())).dtype
-    output = net(Tensor(np.zeros((1, *input_shape), dtype)))
+    like = next(iter(net.parameters()))
+    image = np.zeros((1, *input_shape), like.dtype)
+    output = net(Tensor(to_device(image, like.device)))
     net.train(was_training)
     if output.creator is None:
         return {}

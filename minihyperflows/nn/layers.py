@@ -21,15 +21,21 @@ class Weighted(Module):
 
     ``weight_gate`` is the one hook that pruning needs: a function that turns the weight into the
     weight to compute with. Without it the layer is dense.
+
+    ``weight_in_use``, if there is one, is that weight ready made: training on a GPU keeps it up to
+    date (``flows.flat``).
     """
 
     weight: Parameter
     bias: Parameter | None
     weight_gate: Callable[[Tensor], Tensor] | None = None
+    weight_in_use: Tensor | None = None
     presence: Parameter  # there with a gate only; see flows.attach
 
     def effective_weight(self) -> Tensor:
         """The weight that ``forward`` uses: gated if a gate is attached."""
+        if self.weight_in_use is not None:
+            return self.weight_in_use
         return self.weight if self.weight_gate is None else self.weight_gate(self.weight)
 
     def _set_parameters(
@@ -119,8 +125,6 @@ class BatchNorm2d(Module):
         return self._normalise(x, residual, relu=True)
 
     def _normalise(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
-        if self.training:
-            self.num_batches_tracked.data += 1
         return F.batch_norm(
             x,
             self.weight,
@@ -132,6 +136,7 @@ class BatchNorm2d(Module):
             self.eps,
             residual,
             relu,
+            self.num_batches_tracked.data,
         )
 
 

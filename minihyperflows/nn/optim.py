@@ -74,6 +74,11 @@ class Optimizer:
         params: the parameters to train, each once.
         lr: the learning rate; may be changed between steps (``opt.lr = ...``).
         weight_decay: adds weight_decay times the parameter to its gradient.
+
+    Attributes:
+        state: for each parameter the arrays kept between steps, by the names in ``slots``; empty
+            before the first step.
+        steps: how many steps each parameter has taken.
     """
 
     slots: tuple[str, ...] = ()  # names of the arrays kept for each parameter
@@ -91,8 +96,8 @@ class Optimizer:
         if not (lr >= 0 and weight_decay >= 0):
             raise ValueError(f"lr ({lr}) and weight_decay ({weight_decay}) must not be negative")
         self.lr, self.weight_decay = lr, weight_decay
-        self._state: list[dict[str, Array]] = [{} for _ in self.params]  # empty before a step
-        self._steps = [0 for _ in self.params]
+        self.state: list[dict[str, Array]] = [{} for _ in self.params]
+        self.steps = [0 for _ in self.params]
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -103,8 +108,8 @@ class Optimizer:
         """Move every parameter that has a gradient, in place."""
         for i, p in enumerate(self.params):
             if p.grad is not None:
-                self._steps[i] += 1
-                self._update(p, self._state[i], self._steps[i])
+                self.steps[i] += 1
+                self._update(p, self.state[i], self.steps[i])
 
     def _update(self, p: Parameter, state: dict[str, Array], step: int) -> None:
         """Update ``p.data`` and ``state`` block by block."""
@@ -113,6 +118,7 @@ class Optimizer:
         for name in self.slots:
             if name not in state:
                 state[name] = xp.zeros(p.shape, dtype=p.dtype)
+            state[name] = to_device(state[name], p.device)  # it follows its parameter
         arrays = [p.data, p.grad, *(state[name] for name in self.slots)]
         flat = [a.reshape(-1) for a in arrays]  # views, except a gradient in another order
 
@@ -139,8 +145,8 @@ class Optimizer:
     def state_dict(self) -> dict[str, np.ndarray]:
         """The step count and the kept arrays of every parameter, ``"<its number>.<name>"``."""
         state = {}
-        for i, slots in enumerate(self._state):
-            state[f"{i}.step"] = np.array(self._steps[i])
+        for i, slots in enumerate(self.state):
+            state[f"{i}.step"] = np.array(self.steps[i])
             state |= {f"{i}.{name}": to_numpy(array).copy() for name, array in slots.items()}
         return state
 
@@ -153,9 +159,9 @@ class Optimizer:
         """
         self._check(state)
         for i, p in enumerate(self.params):
-            self._steps[i] = int(state[f"{i}.step"])
+            self.steps[i] = int(state[f"{i}.step"])
             kept = {name: state[f"{i}.{name}"] for name in self.slots if f"{i}.{name}" in state}
-            self._state[i] = {
+            self.state[i] = {
                 name: to_device(np.array(array, dtype=p.dtype), p.device)
                 for name, array in kept.items()
             }

@@ -116,9 +116,9 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counted: list[int] = []
     through = threads.for_blocks
 
-    def counting(work: Any, length: int, block: int) -> Any:
+    def counting(work: Any, length: int, block: int, array: Any = None) -> Any:
         counted.append(length)
-        return through(work, length, block)
+        return through(work, length, block, array)
 
     for module in (threads, norm, im2col, winograd, pooling):
         monkeypatch.setattr(module, "for_blocks", counting)

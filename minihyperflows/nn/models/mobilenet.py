@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from minihyperflows import functional as F
 from minihyperflows.engine.tensor import Tensor
 from minihyperflows.nn.layers import BatchNorm2d, Linear, ReLU, Sequential
 from minihyperflows.nn.models.blocks import conv, scale_channels
@@ -47,7 +48,9 @@ class MobileNetV1(Module):
         self.classifier = Linear(channels, num_classes, rng=rng, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.features(x).mean(axis=(1, 2)))
+        x = self.features(x)
+        _, rows, columns, _ = x.shape
+        return self.classifier(F.flatten(F.avg_pool2d(x, (rows, columns))))
 
 
 def _conv_bn_relu(channels: int, out: int, *shape: int, **options: Any) -> Sequential:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from minihyperflows import functional as F
 from minihyperflows.engine.tensor import Tensor
 from minihyperflows.nn.layers import BatchNorm2d, Linear, Sequential
 from minihyperflows.nn.models.blocks import check_stem_stride, conv, scale_channels
@@ -105,7 +106,8 @@ class ResNet(Module):
         x = self.bn1.then_relu(self.conv1(x))
         for number in range(1, self.stages + 1):
             x = getattr(self, f"layer{number}")(x)
-        return self.fc(x.mean(axis=(1, 2)))
+        _, rows, columns, _ = x.shape
+        return self.fc(F.flatten(F.avg_pool2d(x, (rows, columns))))
 
 
 def resnet50(

@@ -1,0 +1,1 @@
+#pragma once  // __nv_bfloat16 is in shim.h

@@ -1,0 +1,1 @@
+#pragma once  // __half is in shim.h

@@ -1,0 +1,322 @@
+"""Runs on workers that may die at any moment; processes of this machine are such workers.
+
+A worker that dies costs its run an attempt: the next one continues from the last checkpoint. Each
+attempt marks the run's folder as its own and looks at the mark again after every epoch, before it
+saves anything. So an attempt that has been replaced stops at the end of its epoch and leaves the
+folder alone: one on a machine that only seemed dead, or of a command that was killed and repeated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+import uuid
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from multiprocessing import resource_tracker
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from minihyperflows.engine import DeviceError
+from minihyperflows.engine.threads import set_threads
+from minihyperflows.lab.checkpoint import write_atomically
+from minihyperflows.lab.errors import UserError
+from minihyperflows.lab.recipes import Recipe
+from minihyperflows.lab.runs import RunFolder, run
+from minihyperflows.lab.train import EpochRecord
+
+ATTEMPTS = 3  # a run is given up when as many workers have died of it
+SECONDS_TO_WAIT = 1.0  # for news, at a time: on Windows Ctrl-C waits as long
+
+# How many threads the BLAS libraries start, read when they are loaded.
+THREAD_VARIABLES = (
+    *("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS"),
+    "VECLIB_MAXIMUM_THREADS",
+)
+
+
+def new_token() -> str:
+    """A name that nothing else has."""
+    return uuid.uuid4().hex
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """One attempt at a run: what :func:`minihyperflows.lab.run` needs, and how often it was lost.
+
+    ``siblings``: other runs' folders, whose dense network serves this run as well if it is there.
+    """
+
+    recipe: Recipe
+    folder: Path
+    seed: int
+    device: str = "cpu"
+    data_dir: Path | None = None
+    threads: int = 1
+    siblings: tuple[Path, ...] = ()
+    deaths: int = 0
+    token: str = dataclasses.field(default_factory=new_token)
+
+    @property
+    def mark(self) -> Path:
+        """The file that says whose the folder is."""
+        return self.folder / "attempt"
+
+    def next(self) -> Attempt:
+        """The attempt after this one, whose worker died."""
+        return dataclasses.replace(self, deaths=self.deaths + 1, token=new_token())
+
+    def is_current(self) -> bool:
+        """Whether the folder is this attempt's."""
+        try:
+            return self.mark.read_text(encoding="utf-8") == self.token
+        except OSError:
+            return False
+
+    def take(self) -> None:
+        """Make the folder this attempt's."""
+        RunFolder(self.folder).create()
+        write_atomically(self.mark, self.token.encode("utf-8"), durable=False)
+
+    def withdraw(self) -> None:
+        """Let the attempt stop after its epoch, wherever it runs."""
+        if self.is_current():
+            self.mark.unlink(missing_ok=True)
+
+
+class Kind(Enum):
+    """What can happen to an attempt."""
+
+    EPOCH = "an epoch is over"
+    FINISHED = "the run is finished"
+    DIED = "its worker died"
+    FAILED = "the run cannot be finished"
+    SUPERSEDED = "another command has taken the folder over"
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """Something that happened to ``attempt``; ``epoch`` is the last one that is over."""
+
+    attempt: Attempt
+    kind: Kind
+    reason: str = ""
+    epoch: int = 0
+
+
+class _SupersededError(Exception):
+    """The folder is another attempt's now."""
+
+
+def carry_out(attempt: Attempt, report: Callable[[int], None]) -> tuple[Kind, str]:
+    """Do the run, in the process that this is called in. Returns what came of it, and why.
+
+    ``report`` is called with the number of every epoch that is over.
+    """
+    if attempt.is_current():  # Dask has started it again by itself, since its worker died
+        return Kind.DIED, "the cluster lost it"
+
+    def after_epoch(record: EpochRecord) -> None:
+        if not attempt.is_current():
+            raise _SupersededError
+        report(record.epoch)
+
+    try:
+        attempt.take()
+        set_threads(attempt.threads)
+        run(
+            attempt.recipe,
+            attempt.folder,
+            data_dir=attempt.data_dir,
+            device=attempt.device,
+            seed=attempt.seed,
+            progress=False,
+            dense_from=_dense_network(attempt),
+            observe=after_epoch,
+        )
+    except _SupersededError:
+        return Kind.SUPERSEDED, str(attempt.folder)
+    except (UserError, DeviceError) as error:
+        return Kind.FAILED, str(error)
+    except MemoryError:
+        return Kind.DIED, "out of memory"
+    except Exception as error:  # one run must not end the others, whatever it is
+        return Kind.FAILED, describe(error)
+    finally:
+        attempt.withdraw()
+    return Kind.FINISHED, ""
+
+
+def _dense_network(attempt: Attempt) -> Path | None:
+    """The folder of another run that has trained the dense network that this one begins with."""
+    if not attempt.recipe.dense.epochs or RunFolder(attempt.folder).checkpoint.exists():
+        return None
+    folders = (folder for folder in attempt.siblings if RunFolder(folder).dense.exists())
+    return next(folders, None)
+
+
+def describe(error: BaseException) -> str:
+    """An unexpected exception in one line: what and where."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
+
+
+class Pool(Protocol):
+    """What carries out attempts."""
+
+    def has_room(self) -> bool:
+        """Whether another attempt can be started."""
+
+    def start(self, attempt: Attempt) -> None:
+        """Begin an attempt."""
+
+    def wait(self) -> Sequence[Event]:
+        """What has happened since; comes back after a while even if nothing has."""
+
+    def close(self) -> None:
+        """Stop what still runs."""
+
+
+def supervise(pool: Pool, attempts: Sequence[Attempt]) -> Generator[Event]:
+    """Carry out ``attempts`` and tell what happens, starting again what died.
+
+    An attempt ends with an event FINISHED or FAILED. (DIED is followed by another attempt.)
+
+    Raises:
+        UserError: another command works in the same folders.
+    """
+    waiting, running = deque(attempts), 0
+    while waiting or running:
+        while waiting and pool.has_room():
+            pool.start(waiting.popleft())
+            running += 1
+        for event in pool.wait():
+            running -= event.kind is not Kind.EPOCH
+            if event.kind is Kind.DIED:
+                again = event.attempt.next()
+                if again.deaths < ATTEMPTS:
+                    waiting.appendleft(again)
+                else:
+                    reason = f"{ATTEMPTS} workers died of it, the last: {event.reason}"
+                    event = dataclasses.replace(event, kind=Kind.FAILED, reason=reason)
+            if event.kind is Kind.SUPERSEDED:
+                raise UserError(f"{event.reason} was taken over by another command: this one ends")
+            yield event
+
+
+# -- processes of this machine -------------------------------------------------------------------
+
+
+class Processes:
+    """A :class:`Pool` of up to ``workers`` processes, a new one for each attempt.
+
+    They are spawned, not forked, so that they start in the same state on every system. They end
+    when this process ends, however it does.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._context = multiprocessing.get_context("spawn")
+        self._running: dict[Any, tuple[Any, Attempt]] = {}  # by the end of the pipe from it
+
+    def __str__(self) -> str:
+        return f"{self.workers} local worker{'s' * (self.workers > 1)}"
+
+    def has_room(self) -> bool:
+        return len(self._running) < self.workers
+
+    def start(self, attempt: Attempt) -> None:
+        ours, theirs = self._context.Pipe(duplex=False)
+        process = self._context.Process(target=_work, args=(attempt, theirs), daemon=True)
+        with _interrupts_held_back(), _environment(attempt.threads):
+            process.start()
+        theirs.close()  # the worker's copy is then the only one: its end is the pipe's end
+        self._running[ours] = process, attempt
+
+    def wait(self) -> Sequence[Event]:
+        return [self._receive(end) for end in wait(list(self._running), SECONDS_TO_WAIT)]
+
+    def _receive(self, connection: Any) -> Event:
+        process, attempt = self._running[connection]
+        try:
+            message = connection.recv()
+        except (EOFError, OSError):
+            message = None
+        if isinstance(message, int):
+            return Event(attempt, Kind.EPOCH, epoch=message)
+        del self._running[connection]
+        connection.close()
+        process.join()
+        kind, reason = message or (Kind.DIED, _cause_of_death(process.exitcode))
+        return Event(attempt, kind, reason)
+
+    def close(self) -> None:
+        for process, _ in self._running.values():
+            process.terminate()
+        for connection, (process, attempt) in self._running.items():
+            process.join()
+            connection.close()
+            attempt.withdraw()
+        self._running.clear()
+
+
+def _work(attempt: Attempt, connection: Any) -> None:
+    """What a worker process does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that supervises
+    tqdm.set_lock(threading.RLock())  # else a system-wide one, which a death would leave behind
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    connection.send(carry_out(attempt, connection.send))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _cause_of_death(exit_code: int | None) -> str:
+    if exit_code is not None and exit_code < 0:
+        return f"signal {-exit_code}"
+    return f"exit status {exit_code}"
+
+
+@contextmanager
+def _environment(threads: int) -> Iterator[None]:
+    """Processes that are started inside load a BLAS library with ``threads`` threads."""
+    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Processes that are started inside never see Ctrl-C; this one sees it afterwards.
+
+    (Windows has no such mask; there a worker ignores Ctrl-C from its first line on.)
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # it comes with the first process, and lifts the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
