@@ -292,8 +292,11 @@ def test_pytorch_crops_and_flips(one_thread):
 @needs_torch
 @pytest.mark.parametrize("half", [False, True])
 def test_pytorch_learns(one_thread, half):
+    import torch
+
     from minihyperflows.lab import torch_gpu_peers, torch_peers
 
+    torch.manual_seed(0)  # the first weights; with any of six seeds the loss fell by 0.17 or more
     data = gpu_bench.cifar_like(20)
     brightness = (data.train_y * 20).astype(np.uint8)[:, None, None, None]
     data = replace(data, train_x=data.train_x // 8 + brightness)  # there is something to learn
@@ -304,7 +307,7 @@ def test_pytorch_learns(one_thread, half):
         net, data, recipe, 8, 0.01, 1.0, "channels_last", half, device="cpu"
     )
     training.prepare()
-    losses = [training.epoch() for _ in range(4)]  # with a smaller last batch
+    losses = [training.epoch() for _ in range(10)]  # with a smaller last batch
     assert losses[-1] < losses[0]
     assert 0 <= training.evaluate() <= 1
 
