@@ -155,11 +155,7 @@ class GpuEpochs:
         flat = self._flat
         if flat is not None and flat.weights is weights and flat.presences is presences:
             return
-        self._scale = self.state_dict()
-        if flat is not None:
-            flat.release()
-        self._known.clear()
-        self._replays.clear()
+        self.release()
         self._flat = FlatTraining(self.net, weights, presences, self.dtype)
         if self._scale is not None:
             self._flat.load_state_dict(self._scale)

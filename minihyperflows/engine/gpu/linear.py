@@ -11,14 +11,13 @@ from minihyperflows.engine.backend import Array, xp_of
 from minihyperflows.engine.gpu.bias import add_bias
 from minihyperflows.engine.gpu.gemm import multiply
 from minihyperflows.engine.gpu.launch import takes
+from minihyperflows.engine.gpu.scratch import is_float32
 
 
 def fits(x: Array, weight: Array, bias: Array | None) -> bool:
     """Whether the kernels compute a layer with these arrays: x and the weight in one dtype, float32
     or float16, and the bias in float32."""
-    if not takes(x, weight, bias) or x.dtype != weight.dtype or x.size == 0:
-        return False
-    return bias is None or bias.dtype == np.float32
+    return takes(x, weight) and x.dtype == weight.dtype and x.size > 0 and is_float32(bias)
 
 
 def cotangent_like(c: Array, dtype: np.dtype) -> Array:
@@ -30,7 +29,7 @@ def cotangent_like(c: Array, dtype: np.dtype) -> Array:
 
 def float32_buffer(buffer: Array | None) -> Array | None:
     """``buffer`` if a gradient can be written there, else None."""
-    return buffer if buffer is not None and takes(buffer) and buffer.dtype == np.float32 else None
+    return buffer if is_float32(buffer) else None
 
 
 def forward(x: Array, weight: Array, bias: Array | None = None) -> Array:
