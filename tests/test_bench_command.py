@@ -247,3 +247,13 @@ def test_both_sides_compute_the_same_convolution(memory_format, rng):
         (ours.weight.grad, theirs.weight.grad),
     ):
         np.testing.assert_allclose(found, expected.permute(0, 2, 3, 1).numpy(), rtol=1e-9)
+
+
+def test_an_interrupted_bench_does_not_promise_to_go_on(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minihyperflows.lab.cli.measure", interrupted)
+    assert main(["bench", "lenet300"]) == 130
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert line == "interrupted: run it again for the whole table"

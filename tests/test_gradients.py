@@ -332,3 +332,8 @@ def test_softmax_does_not_overflow() -> None:
     assert np.isfinite(F.softmax(logits.detach()).data).all()
     with np.errstate(over="raise"):
         F.sigmoid(mh.Tensor(np.array([-1e4, 1e4], np.float32)))
+
+
+def test_a_factory_may_bind_the_variable_of_a_loop():
+    for axis in (0, 1):
+        testing.check_function(lambda axis=axis: ops.Softmax(axis), (3, 4))

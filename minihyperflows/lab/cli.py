@@ -27,6 +27,7 @@ from minihyperflows.lab.runs import RunFolder, run, versions
 from minihyperflows.lab.sweep import SweepFolder, parse_gammas, run_sweep
 
 DEFAULT_RECIPE = "lenet300-digits"
+RESUMES = "the same command continues from the last epoch"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: the same command continues from the last epoch", file=sys.stderr)
+        print(f"interrupted: {options.after_interrupt}", file=sys.stderr)
         return 130
     return 0
 
@@ -50,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="minihyperflows", description="Hyperflows pruning from scratch, in NumPy."
     )
     parser.add_argument("--version", action="version", version=minihyperflows.__version__)
+    parser.set_defaults(after_interrupt="nothing was written")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_prune(commands)
     _add_sweep(commands)
@@ -101,7 +103,7 @@ def _add_prune(commands: Any) -> None:
     prune.add_argument(
         "--no-resume", action="store_true", help="start over, replacing what is in the folder"
     )
-    prune.set_defaults(command=prune_network)
+    prune.set_defaults(command=prune_network, after_interrupt=RESUMES)
 
 
 def _add_sweep(commands: Any) -> None:
@@ -124,7 +126,7 @@ def _add_sweep(commands: Any) -> None:
     sweep.add_argument(
         "--no-resume", action="store_true", help="start over, replacing the runs in the folder"
     )
-    sweep.set_defaults(command=sweep_gammas)
+    sweep.set_defaults(command=sweep_gammas, after_interrupt=RESUMES)
 
 
 def _add_fields(command: Any) -> None:
@@ -176,7 +178,7 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument("--threads", type=int, metavar="N", help="default 2, or 1 on a single core")
     bench.add_argument("--no-torch", action="store_false", dest="torch", help="ours alone")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the record, samples too")
-    bench.set_defaults(command=bench_networks)
+    bench.set_defaults(command=bench_networks, after_interrupt="run it again for the whole table")
 
 
 def _seed(text: str) -> int:

@@ -79,9 +79,15 @@ def as_function(f: Any) -> Callable[..., Tensor]:
     """A function of tensors from one, or from a Function: its class, an instance or a factory."""
     if isinstance(f, Function):
         return lambda *inputs: apply(copy.copy(f), *inputs)
-    if isinstance(f, type) or not inspect.signature(f).parameters:
+    if isinstance(f, type) or not _needs_arguments(f):
         return lambda *inputs: apply(f(), *inputs)
     return f
+
+
+def _needs_arguments(f: Callable[..., Any]) -> bool:
+    """False for ``lambda: Scale(2.0)``, and for ``lambda s=s: Scale(s)``, made in a loop over s."""
+    parameters = inspect.signature(f).parameters.values()
+    return any(parameter.default is inspect.Parameter.empty for parameter in parameters)
 
 
 def is_float(array: Array) -> bool:
