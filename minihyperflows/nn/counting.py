@@ -26,20 +26,28 @@ def flops(net: Module, input_shape: tuple[int, ...]) -> dict[str, int]:
         input_shape: of one image, (H, W, C).
     """
     names = {id(p): name.removesuffix(".weight") for name, p in net.named_parameters().items()}
-    was_training = net.training
+    return {
+        names[id(weight_behind(function))]: _operations(function)
+        for function in trace(net, input_shape)
+        if isinstance(function, Linear | Conv2d)
+    }
+
+
+def trace(net: Module, input_shape: tuple[int, ...]) -> list[Function]:
+    """The operations that one image of zeros (H, W, C) goes through, first to last.
+
+    In evaluation mode, so that nothing of ``net`` changes; every module's mode is put back.
+    """
+    modes = [(module, module.training) for _, module in net.named_modules()]
     net.eval()
     like = next(iter(net.parameters()))
     image = np.zeros((1, *input_shape), like.dtype)
-    output = net(Tensor(to_device(image, like.device)))
-    net.train(was_training)
-    if output.creator is None:
-        return {}
-    layers = reversed(reverse_topological_order(output.creator))
-    return {
-        names[id(_weight(function))]: _operations(function)
-        for function in layers
-        if isinstance(function, Linear | Conv2d)
-    }
+    try:
+        output = net(Tensor(to_device(image, like.device)))
+    finally:
+        for module, training in modes:
+            module.training = training
+    return reverse_topological_order(output.creator)[::-1] if output.creator else []
 
 
 def sparse_flops(dense: Mapping[str, int], density: Mapping[str, float]) -> dict[str, int]:
@@ -50,7 +58,7 @@ def sparse_flops(dense: Mapping[str, int], density: Mapping[str, float]) -> dict
     return {name: int(count * density.get(name, 1.0)) for name, count in dense.items()}
 
 
-def _weight(function: Function) -> Tensor:
+def weight_behind(function: Function) -> Tensor:
     """The parameter behind the weight that ``function`` used, followed through its gate."""
     weight = function.inputs[1]
     while weight.creator is not None:
@@ -59,5 +67,5 @@ def _weight(function: Function) -> Tensor:
 
 
 def _operations(function: Function) -> int:
-    per_output = int(np.prod(_weight(function).shape[1:]))
+    per_output = int(np.prod(weight_behind(function).shape[1:]))
     return int(np.prod(function.output_shape)) * (2 * per_output - 1)

@@ -1,0 +1,149 @@
+"""Groups of channels: what residual sums, depthwise convolutions and flattening tie together."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from minihyperflows import flows, models, nn
+from minihyperflows import functional as F
+from minihyperflows.engine.tensor import Tensor
+from minihyperflows.related.channels import (
+    ChannelGroup,
+    channel_groups,
+    group_of_inputs,
+    group_of_outputs,
+)
+
+IMAGE = (32, 32, 3)
+
+
+def network(name: str, rng: np.random.Generator) -> tuple[nn.Module, tuple[int, ...]]:
+    if name == "lenet300":
+        return models.lenet300(rng=rng), (28, 28, 1)
+    if name.startswith("resnet") and name != "resnet50":
+        return models.resnet(int(name[6:]), rng=rng), IMAGE
+    return getattr(models, name)(width=0.25, rng=rng), IMAGE
+
+
+NETWORKS = ["lenet300", "vgg13", "vgg19", "resnet20", "resnet50", "resnet164", "mobilenet_v1"]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_layer_has_its_places(name: str, rng: np.random.Generator) -> None:
+    """One group makes what it makes, one is what it reads, and the sizes fit its weight."""
+    net, image = network(name, rng)
+    groups = channel_groups(net, image)
+    made, read = group_of_outputs(groups), group_of_inputs(groups)
+    layers = {n: m for n, m in net.named_modules() if isinstance(m, nn.Weighted)}
+    assert set(made) == set(read) == set(layers)
+    for layer, module in layers.items():
+        assert module.weight.shape[0] == groups[made[layer]].size
+        if layer in groups[made[layer]].depthwise:
+            assert made[layer] == read[layer]
+        else:
+            inputs = groups[read[layer]]
+            assert module.weight.shape[-1] == inputs.size * inputs.inputs[layer]
+    norms = {n: m for n, m in net.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    assert sorted(n for g in groups.values() for n in g.norms) == sorted(norms)
+    for group in groups.values():
+        assert all(norms[n].weight.shape == (group.size,) for n in group.norms)
+    fixed = [n for n, group in groups.items() if not group.removable]
+    assert len(fixed) == 2
+    assert fixed[0] == "input"
+    assert made[list(layers)[-1]] == fixed[1]  # the classifier's outputs
+
+
+@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v1"])
+def test_finding_changes_nothing(name: str, rng: np.random.Generator) -> None:
+    net, image = network(name, rng)
+    next(iter(net.children()))[1].eval()
+    state, modes = net.state_dict(), [m.training for _, m in net.named_modules()]
+    channel_groups(net, image)
+    assert modes == [m.training for _, m in net.named_modules()]
+    for key, value in net.state_dict().items():
+        np.testing.assert_array_equal(value, state[key])
+
+
+def test_a_residual_stream_is_one_group(rng: np.random.Generator) -> None:
+    groups = channel_groups(models.resnet(20, rng=rng), IMAGE)
+    assert len(groups) == 14  # images, 3 streams, 9 blocks' middles, classes
+    blocks = [f"layer2.{i}" for i in range(3)]
+    assert groups["layer2.0.conv2"] == ChannelGroup(
+        name="layer2.0.conv2",
+        size=32,
+        outputs=("layer2.0.conv2", "layer2.0.downsample.0", "layer2.1.conv2", "layer2.2.conv2"),
+        norms=("layer2.0.bn2", "layer2.0.downsample.1", "layer2.1.bn2", "layer2.2.bn2"),
+        inputs={
+            **{f"{block}.conv1": 1 for block in blocks[1:]},
+            **{"layer3.0.conv1": 1, "layer3.0.downsample.0": 1},
+        },
+    )
+    assert all(groups[f"{block}.conv1"].outputs == (f"{block}.conv1",) for block in blocks)
+
+
+def test_a_depthwise_filter_goes_with_the_channel_that_it_reads(rng: np.random.Generator) -> None:
+    groups = channel_groups(models.mobilenet_v1(width=0.25, rng=rng), IMAGE)
+    assert len(groups) == 16  # images, the first convolution, 13 pointwise ones, classes
+    assert groups["features.1.1.0"] == ChannelGroup(
+        name="features.1.1.0",
+        size=16,
+        outputs=("features.1.1.0", "features.2.0.0"),
+        depthwise=("features.2.0.0",),
+        norms=("features.1.1.1", "features.2.0.1"),
+        inputs={"features.2.1.0": 1},
+    )
+
+
+def test_a_flattened_map_repeats_its_channels(rng: np.random.Generator) -> None:
+    net = nn.Sequential(
+        nn.Conv2d(2, 5, 3, rng=rng), nn.ReLU(), nn.Flatten(), nn.Linear(80, 7, rng=rng)
+    )
+    groups = channel_groups(net, (6, 6, 2))
+    assert groups["0"].size == 5
+    assert groups["0"].inputs == {"3": 16}  # a map of 4 x 4 pixels
+
+
+def test_gates_are_looked_through(rng: np.random.Generator) -> None:
+    net = models.resnet(20, rng=rng)
+    before = channel_groups(net, IMAGE)
+    flows.attach(net, rng=rng)
+    assert channel_groups(net, IMAGE) == before
+
+
+class Strange(nn.Module):
+    """A convolution and something after it that mixes channels."""
+
+    def __init__(self, kind: str, rng: np.random.Generator) -> None:
+        self.kind = kind
+        self.first = nn.Conv2d(4, 4, 1, rng=rng)
+        self.last = nn.Conv2d(4, 4, 1, groups=2 if kind == "groups" else 1, rng=rng)
+        if kind == "parameter":
+            self.scale = nn.Parameter(np.ones(4, np.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.kind == "softmax":
+            x = F.softmax(x)
+        if self.kind == "parameter":
+            x = x * self.scale
+        if self.kind == "mean":
+            x = x.mean(axis=-1, keepdims=True)
+            return x
+        return self.last(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("groups", "2 groups"),
+        ("softmax", "Softmax"),
+        ("parameter", "scale"),
+        ("mean", "Mean"),
+    ],
+)
+def test_what_is_not_understood_is_refused(
+    kind: str, message: str, rng: np.random.Generator
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        channel_groups(Strange(kind, rng), (3, 3, 4))
