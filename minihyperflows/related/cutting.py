@@ -1,0 +1,102 @@
+"""Removing channels for good: the network gets narrower, and stays an ordinary one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from minihyperflows.engine.backend import to_device
+from minihyperflows.nn import Buffer, Conv2d, Module, Parameter, Weighted
+from minihyperflows.nn.init import fan_in
+from minihyperflows.related.channels import ChannelGroup, channel_groups
+
+
+def cut(net: Module, groups: Mapping[str, ChannelGroup], keep: Mapping[str, np.ndarray]) -> None:
+    """Remove channels from ``net``, in place: where they are made, and wherever they are read.
+
+    Weights lose rows and columns, biases and batch norms their entries; kernels stay whole. Names
+    and kinds of layers stay, so the ``state_dict`` is that of a network built with these widths.
+    Gradients are dropped; make a new optimiser.
+
+    Args:
+        net: without gates.
+        groups: its :func:`~minihyperflows.related.channels.channel_groups`, from before.
+        keep: for some of the groups a boolean mask (C,) of the channels to keep.
+
+    Raises:
+        KeyError: there is no such group.
+        ValueError: a mask of another length, one that keeps nothing, or one that removes channels
+            of the images or of the network's outputs; gates. Nothing has changed then.
+    """
+    modules = dict(net.named_modules())
+    masks = {name: np.asarray(mask, dtype=bool) for name, mask in keep.items()}
+    for name, mask in masks.items():
+        _check(groups[name], mask)
+    if any(isinstance(m, Weighted) and m.weight_gate for m in modules.values()):
+        raise ValueError("the network has gates: take them off before channels are removed")
+    for name, mask in masks.items():
+        group = groups[name]
+        for layer in group.outputs:
+            _keep_outputs(modules[layer], mask)
+        for norm in group.norms:
+            _keep_entries(modules[norm], mask)
+        for layer, repeats in group.inputs.items():  # the inputs k C + c belong to channel c
+            weight = modules[layer].weight  # type: ignore[attr-defined]
+            _keep(weight, np.tile(mask, repeats), axis=-1)
+    net.zero_grad()
+
+
+def set_widths(net: Module, input_shape: tuple[int, ...], widths: Mapping[str, int]) -> None:
+    """Make a newly built ``net`` as narrow as ``widths`` says, in place: a network from scratch.
+
+    Each group keeps its first channels. The initial weights are drawn with a variance that is
+    proportional to 1 / fan-in, so those of layers that have lost inputs are scaled up: what comes
+    out is distributed as if the network had been built with these widths.
+
+    Args:
+        net: with its initial weights.
+        input_shape: of one image, (H, W, C).
+        widths: the number of channels of some of the groups, by name.
+
+    Raises:
+        KeyError, ValueError: as :func:`cut`.
+    """
+    groups = channel_groups(net, input_shape)
+    layers = [m for _, m in net.named_modules() if isinstance(m, Weighted)]
+    before = [fan_in(layer.weight.shape) for layer in layers]
+    cut(net, groups, {name: np.arange(groups[name].size) < n for name, n in widths.items()})
+    for layer, fan in zip(layers, before, strict=True):
+        scale = (fan / fan_in(layer.weight.shape)) ** 0.5
+        layer.weight.data = layer.weight.data * scale
+        if layer.bias is not None:
+            layer.bias.data = layer.bias.data * scale
+
+
+def _check(group: ChannelGroup, mask: np.ndarray) -> None:
+    if mask.shape != (group.size,):
+        raise ValueError(f"{group.name} has {group.size} channels, its mask shape {mask.shape}")
+    if not mask.any():
+        raise ValueError(f"{group.name} would have no channels left")
+    if not (group.removable or mask.all()):
+        raise ValueError(f"{group.name}: channels of images and of outputs cannot be removed")
+
+
+def _keep(tensor: Parameter | Buffer, mask: np.ndarray, axis: int) -> None:
+    index = to_device(np.flatnonzero(mask), tensor.device)
+    tensor.data = tensor.data.take(index, axis=axis)
+
+
+def _keep_outputs(layer: Any, mask: np.ndarray) -> None:
+    """Remove rows of a weight, and entries of the bias; a depthwise layer loses groups too."""
+    if isinstance(layer, Conv2d) and layer.groups > 1:
+        layer.groups = int(mask.sum())
+    _keep(layer.weight, mask, axis=0)
+    if layer.bias is not None:
+        _keep(layer.bias, mask, axis=0)
+
+
+def _keep_entries(norm: Any, mask: np.ndarray) -> None:
+    for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        _keep(tensor, mask, axis=0)
