@@ -284,10 +284,10 @@ def akaike(squares: float, n: int, k: int) -> float:
 
 def _search(f: Callable[[float], float], low: float, high: float) -> float:
     """Where f is smallest: on a grid, then on finer ones around its best point."""
-    for _ in range(6):
-        grid = np.linspace(low, high, 41)
+    for points in (61, 21, 21, 21, 21):
+        grid = np.linspace(low, high, points)
         best = int(np.argmin([f(float(point)) for point in grid]))
-        low, high = grid[max(best - 1, 0)], grid[min(best + 1, 40)]
+        low, high = grid[max(best - 1, 0)], grid[min(best + 1, points - 1)]
     return float(grid[best])
 
 

@@ -1,0 +1,102 @@
+"""The epochs of finished runs under constant pressure, thinned to a small table (chapter 10).
+
+    python -m minihyperflows.lab.studies.convergence RUN... --out FILE
+
+A run's folder has a row for every epoch in ``metrics.csv``. This writes some of them, the first
+ten and then ever fewer, for all folders of a sweep. Columns: what tells the runs apart (``gamma``,
+``floor``, ``presence_optimizer``, ``presence_lr``, ``epochs``, ``seed``); ``epoch``; ``density``
+and ``test_accuracy`` after it; ``flips`` and ``regrowths``, summed over the epochs since the row
+before; ``flux``, the mean of |flux| over the present weights in this epoch. Where the runs come
+from (commit, versions, commands) is in the table that ``minihyperflows collect`` makes of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from minihyperflows.lab.checkpoint import load_checkpoint
+from minihyperflows.lab.errors import UserError
+from minihyperflows.lab.recipes import Recipe
+from minihyperflows.lab.runs import RunFolder
+from minihyperflows.lab.studies.removal import write
+
+Row: TypeAlias = dict[str, Any]
+MODULE = "minihyperflows.lab.studies.convergence"
+
+
+def kept_epochs(epochs: int, every: int = 10, a_factor_ten: int = 16) -> list[int]:
+    """1 to ``every``, then about ``a_factor_ten`` of each ten times as many, and the last one."""
+    steps = int(a_factor_ten * np.log10(max(epochs / every, 1)))
+    later = every * 10 ** (np.arange(1, steps + 1) / a_factor_ten)
+    return sorted({*range(1, min(every, epochs) + 1), *map(round, later), epochs})
+
+
+def course(folder: Path) -> Iterator[Row]:
+    """The rows of the finished run in ``folder``.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not RunFolder(folder).summary.exists():
+        raise UserError(f"{folder} holds no finished run (it has no summary.json)")
+    arrays, values = load_checkpoint(RunFolder(folder).checkpoint)
+    head = _head(Recipe.from_json(values["recipe"])) | {"seed": values["seed"]}
+    records, flips, regrowths = values["records"], 0, 0
+    kept = set(kept_epochs(len(records)))
+    for record in records:
+        layers = record["layers"]
+        flips += record["flips"]
+        regrowths += sum(layer["regrowths"] for layer in layers.values())
+        if record["epoch"] in kept:
+            yield head | {
+                "epoch": record["epoch"],
+                "density": record["density"],
+                "test_accuracy": record["test_accuracy"],
+                "flips": flips,
+                "regrowths": regrowths,
+                "flux": _mean_flux(layers, arrays),
+            }
+            flips = regrowths = 0
+
+
+def _head(recipe: Recipe) -> Row:
+    """What tells the runs of a sweep and its variants apart."""
+    return {
+        "gamma": recipe.pressure.gamma,
+        "floor": recipe.pressure.floor,
+        "presence_optimizer": recipe.presence.optimizer,
+        "presence_lr": recipe.presence.lr,
+        "epochs": recipe.timeline.epochs,
+    }
+
+
+def _mean_flux(layers: dict[str, Row], arrays: dict[str, np.ndarray]) -> float:
+    """The mean of |flux| over all present weights; 0 if there are none."""
+    present = {k: v["density"] * arrays[f"net.{k}.presence"].size for k, v in layers.items()}
+    fluxes = [layers[name]["flux_present"] * n for name, n in present.items() if n]
+    return float(np.nansum(fluxes) / max(sum(present.values()), 1))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__)
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    options = parser.parse_args(arguments)
+    try:
+        rows = [row for folder in options.runs for row in course(folder)]
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    write(options.out, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
