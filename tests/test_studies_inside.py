@@ -158,6 +158,17 @@ def test_a_bottleneck_ends_once_it_is_empty(monkeypatch: pytest.MonkeyPatch) -> 
     assert rows[-1]["fc1"] > 0.5
 
 
+def test_a_pruning_begins_with_the_trained_or_with_the_random_weights(tmp_path: Path) -> None:
+    data = lab.load("digits")
+    study = inside.Study(tmp_path, RECIPE, data)
+    runs = [inside.RUNS[f"{begin}0-order1-presence1-98"] for begin in ("dense", "start")]
+    (trained, good), (random, poor) = (study.dense(run) for run in runs)
+    assert good > 0.8 > poor
+    first = build_network(RECIPE, data, np.random.default_rng(0)).state_dict()
+    assert all((random[name] == first[name]).all() for name in first)
+    assert (trained["fc1.weight"] != random["fc1.weight"]).any()
+
+
 # -- the folder, the tables ----------------------------------------------------------------------
 
 

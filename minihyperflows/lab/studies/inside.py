@@ -7,9 +7,10 @@ Two kinds of runs, each of which leaves one file in a folder (chapter 11)::
 
 ``run`` does the runs that are named (or all) and not yet in the folder; several processes can share
 a folder. *Prunings* begin with one of three dense networks and have a seed of their own for the
-order of the data and another for the first t, ``dense0-order1-presence1-98``. *Bottlenecks* press
-on the weights of one layer only, ever harder, ``bottleneck-fc3-seed0-100`` (100: the epochs), until
-it has been empty through a whole level of pressure.
+order of the data and another for the first t, ``dense0-order1-presence1-98``; two begin with the
+random weights that dense network 0 was trained from, ``start0-...``. *Bottlenecks* press on the
+weights of one layer only, ever harder, ``bottleneck-fc3-seed0-100`` (100: the epochs), until it has
+been empty through a whole level of pressure.
 
 ``tables`` writes what the files contain; there is one row
 
@@ -83,18 +84,24 @@ Masks: TypeAlias = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Pruning:
-    """A pruning of dense network ``dense``; ``order`` and ``presence`` are the seeds of the order
-    of the data and of the first t."""
+    """A pruning of dense network ``dense``, or, if not ``trained``, of its first random weights;
+    ``order`` and ``presence`` are the seeds of the order of the data and of the first t."""
 
     dense: int
     order: int
     presence: int
     target: float = 0.98
+    trained: bool = True
+
+    @property
+    def begin(self) -> str:
+        """The network it begins with."""
+        return f"{'dense' if self.trained else 'start'}{self.dense}"
 
     @property
     def name(self) -> str:
-        seeds = f"dense{self.dense}-order{self.order}-presence{self.presence}"
-        return f"{seeds}-{100 * self.target:g}"
+        seeds = f"order{self.order}-presence{self.presence}"
+        return f"{self.begin}-{seeds}-{100 * self.target:g}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +123,7 @@ _PRUNINGS = (
     *(Pruning(dense, 0, 0) for dense in (1, 2)),
     *(Pruning(0, 1, 0), Pruning(0, 0, 1)),
     *(Pruning(0, 0, 0, target) for target in (0.9, 0.95, 0.99)),
+    *(Pruning(0, seed, seed, trained=False) for seed in (0, 1)),
 )
 _BOTTLENECKS = Bottleneck(0, 100), Bottleneck(1, 40), Bottleneck(2, 40), Bottleneck(0, 40, "all")
 RUNS: dict[str, Run] = {run.name: run for run in _PRUNINGS}
@@ -190,11 +198,13 @@ def parted(mask: np.ndarray, shapes: dict[str, tuple[int, ...]]) -> Masks:
     return {name: part.reshape(shapes[name]) for name, part in zip(LAYERS, parts, strict=True)}
 
 
-def train_dense(recipe: Recipe, data: Dataset, seed: int) -> tuple[dict[str, np.ndarray], float]:
-    """The state of a network at the end of the dense stage, and its test accuracy."""
+def train_dense(
+    recipe: Recipe, data: Dataset, seed: int, epochs: int
+) -> tuple[dict[str, np.ndarray], float]:
+    """The state of a network after so many epochs of the dense stage, and its test accuracy."""
     rng = np.random.default_rng(seed)
     trainer = Trainer(build_network(recipe, data, rng), data, recipe, rng)
-    while trainer.epoch < recipe.dense.epochs:
+    while trainer.epoch < epochs:
         trainer.run_epoch()
     return trainer.net.state_dict(), evaluate(trainer.net, data)
 
@@ -275,11 +285,12 @@ class Study:
         """Arrays and values of a run."""
         return load_checkpoint(self.file(name), "delete it, and do that run again")
 
-    def dense(self, seed: int) -> tuple[dict[str, np.ndarray], float]:
-        """A dense network and its test accuracy; trained if it is not there."""
-        name = f"dense{seed}"
+    def dense(self, run: Pruning) -> tuple[dict[str, np.ndarray], float]:
+        """The network a pruning begins with, made if it is not there, and its test accuracy."""
+        name = run.begin
         if not self.has(name):
-            state, accuracy = train_dense(self.recipe, self.data, seed)
+            epochs = self.recipe.dense.epochs if run.trained else 0
+            state, accuracy = train_dense(self.recipe, self.data, run.dense, epochs)
             save_checkpoint(self.file(name), state, {"accuracy": accuracy})
         state, values = self.read(name)
         return state, values["accuracy"]
@@ -292,7 +303,7 @@ class Study:
         source |= {"dtype": self.recipe.dtype, "commit": commit(), "command": command}
         with tqdm(desc=run.name, unit="epoch", leave=False) as bar:
             if isinstance(run, Pruning):
-                state, accuracy = self.dense(run.dense)
+                state, accuracy = self.dense(run)
                 records, masks = prune(run, self.recipe, self.data, state, bar)
                 arrays = {"masks": masks}
                 epochs: list[Row] = [_epoch(run.name, record) for record in records]
@@ -314,9 +325,9 @@ class Study:
         packed = self.read(run.name)[0]["masks"][epoch]
         return parted(np.unpackbits(packed).astype(bool), self.shapes)
 
-    def largest(self, seed: int, number: int) -> Masks:
-        """The mask of the largest weights of a dense network, over all layers."""
-        state, _ = self.dense(seed)
+    def largest(self, run: Pruning, number: int) -> Masks:
+        """The mask of the largest weights, over all layers, of the network it begins with."""
+        state, _ = self.dense(run)
         sizes = np.concatenate([abs(state[f"{name}.weight"]).reshape(-1) for name in LAYERS])
         mask = np.zeros(sizes.size, bool)
         mask[np.argsort(-sizes, kind="stable")[:number]] = True
@@ -429,6 +440,7 @@ def run_rows(study: Study) -> Iterator[Row]:
             extra = {"weights": joined(masks).size, "present": present} | paths(masks)
         names = dict.fromkeys(f.name for k in (Pruning, Bottleneck) for f in dataclasses.fields(k))
         head = {name: row.pop(name, None) for name in ("name", "kind", *names)}
+        head |= dataclasses.asdict(run)
         results = {name: row.pop(name, None) for name in ("dense_accuracy", "test_accuracy")}
         unused = dict.fromkeys(("weights", "present", "units1", "units2", "idle"))
         yield head | results | unused | extra | row
@@ -443,7 +455,7 @@ def layer_rows(study: Study) -> Iterator[Row]:
             present = int(joined(masks).sum())
             by_layer = {name: int(masks[name].sum()) for name in LAYERS}
             by_pixel = {name: int(masks["fc1"][:, group].sum()) for name, group in groups.items()}
-            largest = study.largest(run.dense, present)
+            largest = study.largest(run, present)
             sizes = {f"magnitude{k}": int(largest[f"fc{k}"].sum()) for k in (1, 2, 3)}
             yield epoch | {"present": present} | by_layer | by_pixel | sizes
 
@@ -455,9 +467,10 @@ def pixel_rows(study: Study) -> Iterator[Row]:
     yield {"what": "deviation", "by_pixel": _line(x.std(axis=0))}
     for run in study.finished(Pruning):
         yield {"what": run.name, "by_pixel": _line(study.masks(run)["fc1"].sum(axis=0))}
-    number = {int(joined(study.masks(r)).sum()) for r in study.finished(Pruning) if r.dense == 0}
+    first = [run for run in study.finished(Pruning) if run.begin == "dense0"]
+    number = {int(joined(study.masks(run)).sum()) for run in first}
     for present in sorted(number, reverse=True):
-        largest = study.largest(0, present)["fc1"].sum(axis=0)
+        largest = study.largest(first[0], present)["fc1"].sum(axis=0)
         yield {"what": f"largest0-{present}", "by_pixel": _line(largest)}
 
 
@@ -470,16 +483,15 @@ def overlap_rows(study: Study) -> Iterator[Row]:
     largest weights of their dense network; for four seeds of dense network 0 also each epoch."""
     runs = [run for run in study.finished(Pruning) if run.target == 0.98]
     masks = {run.name: study.masks(run) for run in runs}
-    for seed in sorted({run.dense for run in runs}):
-        first = next(masks[run.name] for run in runs if run.dense == seed)
-        masks[f"largest{seed}"] = study.largest(seed, int(joined(first).sum()))
+    for run in {run.begin: run for run in runs if run.trained}.values():
+        masks[f"largest{run.dense}"] = study.largest(run, int(joined(masks[run.name]).sum()))
     for a, b in itertools.combinations(masks, 2):
         pixels = [masks[name]["fc1"].sum(axis=0) for name in (a, b)]
         with np.errstate(invalid="ignore", divide="ignore"):
             correlation = float(np.corrcoef(*pixels)[0, 1])
         for row in overlap(masks[a], masks[b]):
             yield {"a": a, "b": b, "epoch": "last", "pixel_correlation": correlation} | row
-    own = [run for run in runs if run.dense == 0 and run.order == run.presence]
+    own = [run for run in runs if run.begin == "dense0" and run.order == run.presence]
     for one, other in itertools.combinations(own, 2):
         epochs = len(study.read(one.name)[0]["masks"])
         for epoch in range(epochs):
