@@ -1,1 +1,15 @@
 """The neighbours of Hyperflows: other answers to the question which weights matter."""
+
+from minihyperflows.related.channels import ChannelGroup, channel_groups
+from minihyperflows.related.derivatives import Landscape, gradient, hessian_gradient_product
+from minihyperflows.related.importance import SCORES, importance
+
+__all__ = [
+    "SCORES",
+    "ChannelGroup",
+    "Landscape",
+    "channel_groups",
+    "gradient",
+    "hessian_gradient_product",
+    "importance",
+]

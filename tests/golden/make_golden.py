@@ -110,9 +110,42 @@ def optimisers(rng: np.random.Generator) -> dict[str, np.ndarray]:
     return out
 
 
+def hessian_gradient(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """H g of a residual block, a flattening and a linear layer, with batch norm in training mode.
+
+    By differentiating twice. The names are those of the package's test network.
+    """
+    arrays = {
+        "conv1.weight": rng.standard_normal((4, 3, 3, 2)) / 3,
+        "bn1.weight": rng.random(4) + 0.5,
+        "bn1.bias": rng.standard_normal(4),
+        "conv2.weight": rng.standard_normal((4, 3, 3, 4)) / 4,
+        "bn2.weight": rng.random(4) + 0.5,
+        "bn2.bias": rng.standard_normal(4),
+        "fc.weight": rng.standard_normal((3, 16)) / 4,
+        "fc.bias": rng.standard_normal(3),
+    }
+    x, labels, temperature = rng.standard_normal((6, 4, 4, 2)), rng.integers(0, 3, 6), 2.0
+    p = {k: image(v) if v.ndim == 4 else leaf(v) for k, v in arrays.items()}
+    y = tF.conv2d(image(x), p["conv1.weight"], padding=1)
+    y = torch.relu(tF.batch_norm(y, None, None, p["bn1.weight"], p["bn1.bias"], training=True))
+    z = tF.conv2d(y, p["conv2.weight"], padding=1)
+    z = tF.batch_norm(z, None, None, p["bn2.weight"], p["bn2.bias"], training=True)
+    y = tF.max_pool2d(torch.relu(z + y), 2).permute(0, 2, 3, 1).flatten(1)
+    logits = tF.linear(y, p["fc.weight"], p["fc.bias"])
+    loss = tF.cross_entropy(logits / temperature, torch.from_numpy(labels))
+    gradients = torch.autograd.grad(loss, list(p.values()), create_graph=True)
+    inner = sum((g * g.detach()).sum() for g in gradients)
+    products = torch.autograd.grad(inner, list(p.values()))
+    out = {f"hg.parameter.{k}": v for k, v in arrays.items()}
+    for name, product in zip(p, products, strict=True):
+        out[f"hg.product.{name}"] = channels_last(product) if product.ndim == 4 else product.numpy()
+    return out | {"hg.x": x, "hg.labels": labels, "hg.temperature": np.array(temperature)}
+
+
 if __name__ == "__main__":
     generator = np.random.default_rng(20250406)
-    parts = [convolutions, batch_norm, pooling, cross_entropy, optimisers]
+    parts = [convolutions, batch_norm, pooling, cross_entropy, optimisers, hessian_gradient]
     golden = {k: v for part in parts for k, v in part(generator).items()}
     np.savez_compressed(TARGET, torch_version=np.array(torch.__version__), **golden)
     print(f"{TARGET.name}: {len(golden)} arrays, {TARGET.stat().st_size:,} bytes")
