@@ -122,6 +122,19 @@ def test_the_threshold_rises_and_a_prune_of_little_costs_little(rows) -> None:
     assert rows["pressure"][0]["accuracy_before_prune"] == ""
 
 
+def test_without_training_the_thresholds_are_quantiles(data, rows) -> None:
+    trainer = law.new_trainer(SHORT, "magnitude", data, seed=1)
+    while trainer.epoch < SHORT.recipe.dense.epochs:
+        trainer.run_epoch()
+    layers = [trainer.net.fc1, trainer.net.fc2, trainer.net.fc3]
+    magnitudes = np.sort(abs(np.concatenate([m.weight.data.reshape(-1) for m in layers])))
+    for row in rows[law.UNTRAINED]:
+        assert row["saliency"] == magnitudes[WEIGHTS - row["remaining"] - 1]
+        assert row["smallest_surviving"] == magnitudes[WEIGHTS - row["remaining"]]
+        assert row["accuracy_after_prune"] == row["test_accuracy"]
+    assert rows[law.UNTRAINED][0]["saliency"] == rows["magnitude"][0]["saliency"]
+
+
 def test_the_mean_of_sizes_is_more_than_the_size_of_the_mean(rows) -> None:
     assert rows["taylor-batches"][0]["saliency"] > rows["taylor"][0]["saliency"]
 

@@ -2,13 +2,15 @@
 
     python -m minihyperflows.lab.studies.pruning_law --recipe lenet300-digits --out FILE
 
-Four ways of pruning, each from the same dense network (for the same seed) and with the same loss,
+Five ways of pruning, each from the same dense network (for the same seed) and with the same loss,
 optimiser and learning rate:
 
 * ``magnitude``: each step removes the tenth of the remaining weights with the smallest |w|, of the
   whole network, then trains for some batches.
-* ``taylor``: the same with |w g|, where g is the mean gradient of the loss over TAYLOR_BATCHES
-  random batches of the training set.
+* ``magnitude-untrained``: the same without the training. The thresholds are then just the quantiles
+  of the dense network's |w|, and show how much of the law is made by training.
+* ``taylor``: like ``magnitude``, but with |w g|, where g is the mean gradient of the loss over
+  TAYLOR_BATCHES random batches of the training set.
 * ``taylor-batches``: the same with the mean of |w g_b| over these batches b. (Which of the two
   forms the authors took is not known.)
 * ``pressure``: a staircase. The pressure gamma doubles again and again, each level lasts some
@@ -66,7 +68,8 @@ from minihyperflows.lab.sweep import parse_gammas
 from minihyperflows.lab.train import Trainer, build_network, evaluate
 from minihyperflows.nn import Module
 
-ITERATIVE = ("magnitude", "taylor", "taylor-batches")
+UNTRAINED = "magnitude-untrained"
+ITERATIVE = ("magnitude", UNTRAINED, "taylor", "taylor-batches")
 METHODS = (*ITERATIVE, "pressure")
 SHARE = 0.1  # of the remaining weights that a step removes
 TAYLOR_BATCHES = 40
@@ -116,6 +119,8 @@ class Setting:
         if method == "pressure":
             return self.recipe.with_gamma(self.gammas[0]).with_fields(fields)
         fields |= {"pruning.epochs": self.steps, "presence.lr": 0.0}  # no gate moves by itself
+        if method == UNTRAINED:
+            fields["pruning.lr"] = 0.0
         return self.recipe.with_gamma(0.0).with_fields(fields)
 
 
@@ -192,7 +197,7 @@ class IterativeTrainer(Trainer):
 
     def _saliency(self) -> dict[str, np.ndarray]:
         layers = gated_layers(self.net)
-        if self.method == "magnitude":
+        if self.method in ("magnitude", UNTRAINED):
             return {name: abs(layer.weight.data) for name, layer in layers.items()}
         return taylor_saliency(
             self.net,
@@ -267,7 +272,8 @@ def new_trainer(setting: Setting, method: str, data: Dataset, seed: int) -> Trai
     if method == "pressure":
         levels = setting.gammas, setting.epochs_per_level
         return StaircaseTrainer(net, data, recipe, rng, *levels)
-    return IterativeTrainer(net, data, recipe, rng, method, setting.batches)
+    batches = 1 if method == UNTRAINED else setting.batches
+    return IterativeTrainer(net, data, recipe, rng, method, batches)
 
 
 def run(
