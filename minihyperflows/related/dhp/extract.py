@@ -1,0 +1,44 @@
+"""From a searched network to an ordinary, narrower one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import numpy as np
+
+from minihyperflows.engine.graph import no_grad
+from minihyperflows.nn import Module, Weighted
+from minihyperflows.related.cutting import cut
+from minihyperflows.related.dhp.network import REPLACED, HyperNetwork
+
+
+def extract(network: HyperNetwork, keep: Mapping[str, np.ndarray] | None = None) -> Module:
+    """An ordinary network of the channels that survive, with the weights as generated for them.
+
+    A copy: the search may go on. Rows and columns of generated weights are what a hypernetwork with
+    fewer rows and columns would generate, so the weights are generated whole and cut.
+
+    What the copy computes differs from what ``network`` does as far as the cut channels still
+    contributed. It is then trained like any other network; the authors take their full schedule,
+    with a new optimiser.
+
+    Args:
+        network: after a search.
+        keep: masks of the channels to keep, by group; None: ``network.kept()``.
+    """
+    net = generated(network)
+    cut(net, network.groups, network.kept() if keep is None else keep)
+    return net
+
+
+def generated(network: HyperNetwork) -> Module:
+    """An ordinary network with the generated weights, not cut, that computes the same: a copy."""
+    net = copy.deepcopy(network).net
+    with no_grad():
+        for _, layer in net.named_modules():
+            if isinstance(layer, Weighted) and layer.weight.role == REPLACED:
+                layer.weight.data = layer.effective_weight().data
+                layer.weight.role, layer.weight_gate = "weight", None
+    net.zero_grad()
+    return net

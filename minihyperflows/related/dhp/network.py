@@ -1,0 +1,206 @@
+"""A network whose weights are made by hypernetworks, and which channels its latents would keep.
+
+Every group of channels (``related.channels``) has one latent vector, so tensors that are added lose
+the same channels, and a depthwise filter goes with its channel. The layers of the network stay as
+they are: the ``weight_gate`` of each puts a generated weight in the place of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from minihyperflows import functional as F
+from minihyperflows.engine.backend import Array, to_numpy
+from minihyperflows.engine.tensor import Tensor
+from minihyperflows.nn import Linear, Module, Parameter, Weighted
+from minihyperflows.related.channels import (
+    ChannelGroup,
+    channel_groups,
+    group_of_inputs,
+    group_of_outputs,
+)
+from minihyperflows.related.dhp.cost import layer_costs, macs
+from minihyperflows.related.dhp.layers import EMBEDDING, HyperLayer, draw_latent
+
+REPLACED = "replaced"  # role of the weights of layers that compute with a generated one
+THRESHOLD = 5e-3  # T: a latent of this size or more keeps its channel
+MINIMUM = 4  # channels that every group keeps
+
+
+@dataclass
+class GeneratedWeight:
+    """The ``weight_gate`` of one layer: puts the generated weight in the place of its own.
+
+    Attributes:
+        hypernetwork: makes the weight.
+        z_in: one entry for each channel that the layer reads.
+        z_out: one for each that it makes.
+        repeats: inputs for each channel, k C + c for channel c: more than 1 after flattening.
+    """
+
+    hypernetwork: HyperLayer
+    z_in: Parameter
+    z_out: Parameter
+    repeats: int = 1
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        z_in = F.concatenate([self.z_in] * self.repeats) if self.repeats > 1 else self.z_in
+        return self.hypernetwork.generate(z_in, self.z_out)
+
+
+class HyperNetwork(Module):
+    """``net`` with weights that hypernetworks generate; calling it calls ``net``.
+
+    The linear layer that makes the network's outputs keeps its own weight; so do batch norms and
+    biases. ``parameters()`` and ``latents`` together are all that is trained; the weights that are
+    not used any more have a role of their own, "replaced", and stay as they are.
+
+    A latent belongs to a group of channels and has its name. In place of the latent of what it
+    reads, a depthwise convolution has one of its own with one entry, ``"<layer>.input"``.
+
+    Args:
+        net: an ordinary network; its layers get their gates.
+        input_shape: of one image, (H, W, C).
+        embedding: m, the numbers between latent matrix and weight.
+        hyper_bias: whether the hypernetworks have biases, as the authors' have.
+        minimum: the channels that every group keeps.
+        classifier_keeps: the fraction of the last layer's input channels to keep at least. With 1,
+            the authors' choice for ResNets, none of them is pruned.
+        rng: draws latents and hypernetworks.
+
+    Attributes:
+        groups: the groups of channels, by name.
+        latents: the latent vectors, by name; their role is "latent".
+        layers: the hypernetworks, by the name of the layer whose weight they make.
+        floors: for each latent the number of entries that it keeps at least: all, if it is not to
+            be pruned.
+        costs: the multiplications of each layer, as functions of the widths.
+
+    Raises:
+        ValueError: the layers have gates already, or the channels cannot be grouped.
+    """
+
+    def __init__(
+        self,
+        net: Module,
+        input_shape: tuple[int, ...],
+        *,
+        embedding: int = EMBEDDING,
+        hyper_bias: bool = True,
+        minimum: int = MINIMUM,
+        classifier_keeps: float = 1.0,
+        rng: np.random.Generator,
+    ) -> None:
+        weighted = {name: m for name, m in net.named_modules() if isinstance(m, Weighted)}
+        if any(layer.weight_gate for layer in weighted.values()):
+            raise ValueError("the network has gates already, and a layer has room for one only")
+        self.net = net
+        self.groups = channel_groups(net, input_shape)
+        self.costs = layer_costs(net, input_shape, self.groups)
+        self.latents: dict[str, Parameter] = {}
+        self.layers: dict[str, HyperLayer] = {}
+        made = group_of_outputs(self.groups)
+        generated = {
+            n: m for n, m in weighted.items() if not _makes_scores(m, self.groups[made[n]])
+        }
+        for name, layer in generated.items():
+            shape = layer.weight.shape
+            options: dict[str, Any] = {"rng": rng, "dtype": layer.weight.dtype}
+            z_in, repeats = self._input_latent(name, layer, options)
+            z_out = self._latent(made[name], shape[0], options)
+            self.layers[name] = HyperLayer(shape, embedding, hyper_bias, **options)
+            layer.weight_gate = GeneratedWeight(self.layers[name], z_in, z_out, repeats)
+            layer.weight.role = REPLACED
+        ordinary = set(weighted) - set(generated)
+        self.floors = {
+            name: _floor(self.groups.get(name), latent.size, minimum, ordinary, classifier_keeps)
+            for name, latent in self.latents.items()
+        }
+        if (device := next(iter(weighted.values())).weight.device) != "cpu":
+            self.to(device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def _latent(self, name: str, size: int, options: dict[str, Any]) -> Parameter:
+        """The latent vector called ``name``, drawn if it is not there yet."""
+        if name not in self.latents:
+            self.latents[name] = draw_latent(size, **options)
+        return self.latents[name]
+
+    def _input_latent(
+        self, name: str, layer: Weighted, options: dict[str, Any]
+    ) -> tuple[Parameter, int]:
+        """The latent of what a layer reads, and how many inputs there are for each entry."""
+        group = self.groups[group_of_inputs(self.groups)[name]]
+        if name in group.depthwise:
+            return self._latent(f"{name}.input", 1, options), 1
+        return self._latent(group.name, group.size, options), group.inputs[name]
+
+    # -- what the latents would keep -------------------------------------------------------------
+
+    def kept(self, threshold: float = THRESHOLD) -> dict[str, np.ndarray]:
+        """For each group with a latent a boolean mask of the channels that survive.
+
+        Channel i survives if |z_i| >= T, or if it is among the group's ``floors`` largest.
+        """
+        return {
+            name: survivors(to_numpy(latent.data), threshold, self.floors[name])
+            for name, latent in self.latents.items()
+            if name in self.groups
+        }
+
+    def widths(self, threshold: float = THRESHOLD) -> dict[str, int]:
+        """The number of channels that survive, for every group."""
+        whole = {name: group.size for name, group in self.groups.items()}
+        return whole | {name: int(mask.sum()) for name, mask in self.kept(threshold).items()}
+
+    def flops_ratio(self, threshold: float = THRESHOLD) -> float:
+        """Multiplications of the network with the surviving channels, over those of the whole."""
+        whole = {name: group.size for name, group in self.groups.items()}
+        return macs(self.costs, self.widths(threshold)) / macs(self.costs, whole)
+
+    def latent_counts(self, threshold: float = THRESHOLD) -> dict[str, LatentCount]:
+        """How many entries of each latent are small, and how many are zero: not the same.
+
+        A channel is cut when its latent is below the threshold, long before the latent is zero.
+        """
+        sizes = {name: abs(to_numpy(latent.data)) for name, latent in self.latents.items()}
+        return {
+            name: LatentCount(z.size, int((z < threshold).sum()), int((z == 0).sum()))
+            for name, z in sizes.items()
+        }
+
+
+@dataclass(frozen=True)
+class LatentCount:
+    """The entries of one latent: all, those below the threshold, those that are exactly 0."""
+
+    size: int
+    below: int
+    zero: int
+
+
+def survivors(z: Array, threshold: float, floor: int) -> Array:
+    """The mask |z| >= min(threshold, the ``floor``-th largest |z|)."""
+    sizes = abs(z)
+    return sizes >= min(threshold, np.sort(sizes)[-floor])
+
+
+def _makes_scores(layer: Weighted, group: ChannelGroup) -> bool:
+    """Whether this is a linear layer that makes the network's outputs, such as a classifier."""
+    return isinstance(layer, Linear) and not group.removable
+
+
+def _floor(
+    group: ChannelGroup | None, size: int, minimum: int, ordinary: set[str], keeps: float
+) -> int:
+    """The fewest entries that the latent of ``group`` (None: a layer's own) may be left with."""
+    if group is None or not group.removable:
+        return size
+    wanted = math.ceil(keeps * size) if ordinary & set(group.inputs) else 0
+    return min(size, max(minimum, wanted))

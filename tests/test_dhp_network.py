@@ -1,0 +1,329 @@
+"""Networks of hypernetworks: shared latents, counts, masks, and the networks they leave."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+
+from minihyperflows import flows, models, nn
+from minihyperflows import functional as F
+from minihyperflows.nn.counting import flops
+from minihyperflows.nn.models.resnet import Bottleneck, ResNet
+from minihyperflows.related.channels import channel_groups
+from minihyperflows.related.dhp import (
+    HyperNetwork,
+    extract,
+    generated,
+    layer_costs,
+    macs,
+    survivors,
+)
+from minihyperflows.related.dhp.network import GeneratedWeight
+
+IMAGE = (32, 32, 3)
+
+
+def build(name: str, rng: np.random.Generator, dtype: Any = np.float32) -> nn.Module:
+    """A model; ResNet-20 and larger in full, the others narrow."""
+    if name.startswith("resnet"):
+        return models.resnet(int(name[6:]), rng=rng, dtype=dtype)
+    if name == "lenet300":
+        return models.lenet300(3 * 32 * 32, rng=rng, dtype=dtype)
+    return getattr(models, name)(width=0.125, rng=rng, dtype=dtype)
+
+
+def hyper_network(name: str, dtype: Any = np.float32, **options: Any) -> HyperNetwork:
+    rng = np.random.default_rng(0)
+    return HyperNetwork(build(name, rng, dtype), IMAGE, rng=rng, **options)
+
+
+def latent_of_outputs(network: HyperNetwork) -> dict[str, nn.Parameter]:
+    """For each layer the latent vector that its hypernetwork takes for its outputs."""
+    return {name: gate.z_out for name, gate in gates(network).items()}
+
+
+def gates(network: HyperNetwork) -> dict[str, GeneratedWeight]:
+    found = {}
+    for name, layer in network.net.named_modules():
+        if isinstance(layer, nn.Weighted) and isinstance(layer.weight_gate, GeneratedWeight):
+            found[name] = layer.weight_gate
+    return found
+
+
+def scatter_latents(network: HyperNetwork, seed: int = 1) -> None:
+    """Latents around the threshold: about 60 % above."""
+    rng = np.random.default_rng(seed)
+    for latent in network.latents.values():
+        latent.data[...] = 0.01 * rng.standard_normal(latent.shape)
+
+
+# -- which latents there are, and who shares them --------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [20, 56, 110])
+def test_residual_networks_share_a_latent_in_each_stage(depth: int) -> None:
+    """Images, three stages, one hidden latent in each block; the stem is in the first stage."""
+    network = hyper_network(f"resnet{depth}", embedding=1)
+    blocks = (depth - 2) // 6
+    assert len(network.latents) == 1 + 3 + 3 * blocks
+    made = latent_of_outputs(network)
+    for stage in (1, 2, 3):
+        names = [f"layer{stage}.{i}.conv2" for i in range(blocks)]
+        names += ["conv1"] if stage == 1 else [f"layer{stage}.0.downsample.0"]
+        assert len({id(made[name]) for name in names}) == 1
+        hidden = {id(made[f"layer{stage}.{i}.conv1"]) for i in range(blocks)}
+        assert len(hidden) == blocks
+    fixed = {n for n, z in network.latents.items() if network.floors[n] == z.size}
+    assert fixed == {"input", "layer3.0.conv2"}
+    assert set(network.floors.values()) == {3, 4, 64}
+    assert set(made) == set(network.layers)
+    assert "fc" not in made
+
+
+def test_bottlenecks_have_two_hidden_latents_and_the_stem_its_own() -> None:
+    network = hyper_network("resnet164", embedding=1)
+    assert len(network.latents) == 1 + 3 + 1 + 2 * 54
+    made = latent_of_outputs(network)
+    assert made["layer1.0.conv3"] is made["layer1.0.downsample.0"] is made["layer1.17.conv3"]
+    assert made["conv1"] is not made["layer1.0.conv3"]
+    assert gates(network)["layer1.0.conv1"].z_in is made["conv1"]
+
+
+def test_a_depthwise_layer_goes_with_the_layer_before_it() -> None:
+    """28 latents; those of one entry and the last, which the classifier reads, stay whole."""
+    network = hyper_network("mobilenet_v1")
+    assert len(network.latents) == 28
+    for i in range(1, 14):
+        depthwise = gates(network)[f"features.{i}.0.0"]
+        before = "features.0.0" if i == 1 else f"features.{i - 1}.1.0"
+        assert depthwise.z_out is latent_of_outputs(network)[before]
+        assert depthwise.z_in is network.latents[f"features.{i}.0.0.input"]
+        assert depthwise.z_in.shape == (1,)
+    fixed = [n for n, z in network.latents.items() if network.floors[n] == z.size]
+    assert len(fixed) == 16
+    some = hyper_network("mobilenet_v1", classifier_keeps=0.4)
+    assert some.floors["features.13.1.0"] == 52  # of 128, rounded up
+
+
+def test_chains_have_a_latent_for_each_layer() -> None:
+    network = hyper_network("vgg13", minimum=2)
+    assert len(network.latents) == 11
+    assert len({id(z) for z in latent_of_outputs(network).values()}) == 10
+    assert list(network.floors.values()) == [3, *[2] * 9, 64]
+    linear = hyper_network("lenet300")
+    assert {n: z.size for n, z in linear.latents.items()} == {"input": 3072, "fc1": 300, "fc2": 100}
+
+
+def test_what_is_trained() -> None:
+    """Hypernetworks, batch norms and the classifier; latents apart; the replaced weights not."""
+    network = hyper_network("resnet20")
+    names = network.named_parameters()
+    assert "net.fc.weight" in names
+    assert "net.conv1.weight" not in names
+    assert {n.rpartition(".")[2] for n in names} == {"w1", "W2", "B0", "b1", "b2", "weight", "bias"}
+    assert list(network.named_parameters("latent")) == [f"latents.{n}" for n in network.latents]
+    loss = F.cross_entropy(network(np.ones((2, *IMAGE), np.float32)), [0, 1])
+    loss.backward()
+    trained = [*network.parameters(), *network.latents.values()]
+    assert all(p.grad is not None for p in trained)
+    replaced = network.named_parameters("replaced").values()
+    assert [p.grad for p in replaced] == [None] * 21
+    assert sum(p.size for p in trained) > 10 * sum(p.size for p in replaced)
+
+
+def test_a_network_is_taken_once(rng: np.random.Generator) -> None:
+    net = build("resnet20", rng)
+    HyperNetwork(net, IMAGE, rng=rng)
+    with pytest.raises(ValueError, match="gates already"):
+        HyperNetwork(net, IMAGE, rng=rng)
+    gated = build("resnet20", rng)
+    flows.attach(gated, rng=rng)
+    with pytest.raises(ValueError, match="gates already"):
+        HyperNetwork(gated, IMAGE, rng=rng)
+
+
+def test_states_and_copies() -> None:
+    """A copy has latents of its own, shared as before, and a saved state brings everything back."""
+    network, x = hyper_network("resnet20"), np.ones((1, *IMAGE), np.float32)
+    twin = copy.deepcopy(network)
+    before = network.eval()(x).data
+    twin.latents["conv1"].data *= 2
+    np.testing.assert_array_equal(network(x).data, before)
+    assert not np.allclose(twin.eval()(x).data, before, rtol=1e-3)
+    twin.load_state_dict(network.state_dict())
+    np.testing.assert_array_equal(twin(x).data, before)
+
+
+# -- counting --------------------------------------------------------------------------------------
+
+
+def bottleneck110(rng: np.random.Generator) -> nn.Module:
+    """The authors' ResNet-110: bottlenecks, where ours has basic blocks."""
+    return ResNet(Bottleneck, ((12, 16), (12, 32), (12, 64)), 10, 1.0, rng, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("net", "mega_macs", "with_norms", "mega_parameters"),
+    [
+        ("resnet20", 40.81, 41.21, 0.272),
+        ("resnet56", 125.75, 126.84, 0.856),
+        (bottleneck110, 167.43, 171.90, 1.148),
+        ("resnet164", 247.65, 254.18, 1.704),
+        (lambda rng: models.mobilenet_v1(200, rng=rng), 46.55, 47.37, 3.412),
+        (lambda rng: models.mobilenet_v1(200, 2.0, rng=rng), 181.18, 182.83, 13.10),
+    ],
+)
+def test_dense_networks_cost_what_the_authors_counter_says(
+    net: Any, mega_macs: float, with_norms: float, mega_parameters: float
+) -> None:
+    """U6: convolutions and linear layers; with batch norm; parameters."""
+    rng = np.random.default_rng(0)
+    dense = build(net, rng) if isinstance(net, str) else net(rng)
+    groups = channel_groups(dense, IMAGE)
+    costs = layer_costs(dense, IMAGE, groups)
+    widths = {name: group.size for name, group in groups.items()}
+    assert macs(costs, widths) / 1e6 == pytest.approx(mega_macs, abs=0.006)
+    assert macs(costs, widths, norms=True) / 1e6 == pytest.approx(with_norms, abs=0.006)
+    parameters = sum(p.size for p in dense.parameters())
+    assert parameters / 1e6 == pytest.approx(mega_parameters, rel=2e-3)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet56", "mobilenet_v1", "vgg13", "lenet300"])
+def test_the_ratio_is_that_of_the_network_that_is_left(name: str) -> None:
+    """U8: random latents give shapes that fit, the widths that were promised, and their cost."""
+    network = hyper_network(name, embedding=1)
+    scatter_latents(network)
+    whole = macs_of(generated(network))
+    net = extract(network)
+    assert network.flops_ratio() == pytest.approx(macs_of(net) / whole, rel=1e-12)
+    assert 0.1 < network.flops_ratio() < 0.9
+    widths = network.widths()
+    assert {n: g.size for n, g in channel_groups(net, IMAGE).items()} == widths
+    assert min(width for n, width in widths.items() if n != "input") >= 4
+    assert net(np.ones((2, *IMAGE), np.float32)).shape == (2, 10)
+
+
+def macs_of(net: nn.Module) -> int:
+    """Multiplications by the other counter, which counts additions too: outputs (2 K - 1)."""
+    layers = {n: m for n, m in net.named_modules() if isinstance(m, nn.Weighted)}
+    return sum(
+        layers[n].weight[0].size * count // (2 * layers[n].weight[0].size - 1)
+        for n, count in flops(net, IMAGE).items()
+    )
+
+
+# -- masks and extraction --------------------------------------------------------------------------
+
+
+def test_survivors_are_the_large_ones_and_at_least_the_floor() -> None:
+    z = np.array([0.3, -0.2, 0.1, 0.0, -0.4])
+    np.testing.assert_array_equal(survivors(z, 0.15, 1), [1, 1, 0, 0, 1])
+    np.testing.assert_array_equal(survivors(z, 0.2, 1), [1, 1, 0, 0, 1])  # the border survives
+    np.testing.assert_array_equal(survivors(z, 0.35, 4), [1, 1, 1, 0, 1])
+    np.testing.assert_array_equal(survivors(z, 9.0, 5), [1, 1, 1, 1, 1])
+
+
+def test_below_the_threshold_is_not_zero() -> None:
+    network = hyper_network("resnet20")
+    latent = network.latents["conv1"]
+    latent.data[:] = 1
+    latent.data[:6] = [0, 0, -0.0, 0.004, -0.004, 0.006]
+    count = network.latent_counts()["conv1"]
+    assert (count.size, count.below, count.zero) == (16, 5, 3)
+    assert network.widths()["conv1"] == 11
+    assert network.kept()["conv1"].sum() == 11
+    assert network.widths(threshold=0.01)["conv1"] == 10
+    assert network.kept()["input"].all()
+
+
+@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v1"])
+def test_the_generated_network_computes_the_same(name: str) -> None:
+    network = hyper_network(name, dtype=np.float64)
+    x = np.random.default_rng(1).standard_normal((2, *IMAGE))
+    plain = generated(network)
+    np.testing.assert_array_equal(plain(x).data, network(x).data)
+    np.testing.assert_array_equal(plain.eval()(x).data, network.eval()(x).data)
+    assert network.net is not plain
+    assert set(plain.named_parameters()) == set(
+        build(name, np.random.default_rng(0)).named_parameters()
+    )
+
+
+def test_extraction_cuts_what_was_generated() -> None:
+    """U7 for a hypernetwork: rows and columns of the generated weights, batch norms cut alike; and
+    the search can go on as if nothing had happened."""
+    network = hyper_network("resnet20", dtype=np.float64)
+    scatter_latents(network)
+    state = network.state_dict()
+    net, whole, kept = extract(network), generated(network), network.kept()
+    rows, columns = kept["layer2.1.conv1"], kept["layer2.0.conv2"]
+    found, expected = net.state_dict(), whole.state_dict()
+    np.testing.assert_array_equal(
+        found["layer2.1.conv1.weight"], expected["layer2.1.conv1.weight"][rows][:, columns]
+    )
+    np.testing.assert_array_equal(
+        found["layer2.1.bn1.weight"], expected["layer2.1.bn1.weight"][rows]
+    )
+    np.testing.assert_array_equal(found["fc.weight"], expected["fc.weight"])
+    for key, value in network.state_dict().items():
+        np.testing.assert_array_equal(value, state[key])
+    assert len(gates(network)) == 21
+    other = {"conv1": np.arange(16) < 5}
+    assert extract(network, other).state_dict()["conv1.weight"].shape == (5, 3, 3, 3)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "vgg13", "mobilenet_v1"])
+def test_without_biases_channels_with_latent_zero_can_go(name: str) -> None:
+    """Nothing reads a channel whose latent is zero, so the cut changes nothing. With biases, which
+    are not zero after training, it does."""
+    x = np.random.default_rng(1).standard_normal((2, *IMAGE))
+    for bias in (False, True):
+        network = hyper_network(name, np.float64, hyper_bias=bias)
+        rng = np.random.default_rng(5)
+        for parameter in network.parameters():
+            parameter.data = parameter.data + 0.1 * rng.standard_normal(parameter.shape)
+        for group, latent in network.latents.items():
+            if network.floors[group] < latent.size:
+                latent.data[: latent.size // 3] = 0
+        full, net = network.train()(x).data, extract(network)
+        assert network.flops_ratio() < 0.75
+        difference = abs(net.train()(x).data - full).max() / abs(full).max()
+        assert (difference < 1e-9) is not bias
+
+
+# -- PyTorch ---------------------------------------------------------------------------------------
+
+
+def test_the_extracted_network_loads_in_pytorch() -> None:
+    """Into a ResNet-20 whose layers are built with the extracted widths: the same outputs."""
+    torch = pytest.importorskip("torch")
+    peers = pytest.importorskip("minihyperflows.lab.torch_peers")
+    network = hyper_network("resnet20", dtype=np.float64)
+    scatter_latents(network)
+    net = extract(network)
+    state = {k: torch.from_numpy(v) for k, v in net.state_dict().items()}
+    twin = peers.resnet20()
+    for name, module in list(twin.named_modules()):
+        if f"{name}.weight" in state:
+            parent, _, last = name.rpartition(".")
+            narrow = narrow_layer(torch.nn, module, state[f"{name}.weight"].shape)
+            setattr(twin.get_submodule(parent), last, narrow)
+    twin.to(torch.float64)
+    twin.load_state_dict(state)  # strict: the same names and shapes
+    x = np.random.default_rng(1).standard_normal((4, *IMAGE))
+    with torch.no_grad():
+        expected = twin.eval()(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).numpy()
+    np.testing.assert_allclose(net.eval()(x).data, expected, rtol=1e-9, atol=1e-12)
+
+
+def narrow_layer(tnn: Any, like: Any, shape: tuple[int, ...]) -> Any:
+    """A new PyTorch layer of the same kind with a weight of ``shape``."""
+    if isinstance(like, tnn.Conv2d):
+        options = (like.kernel_size, like.stride, like.padding)
+        return tnn.Conv2d(shape[1], shape[0], *options, bias=False)
+    if isinstance(like, tnn.Linear):
+        return tnn.Linear(shape[1], shape[0])
+    return tnn.BatchNorm2d(shape[0])
