@@ -59,6 +59,19 @@ def test_expected_overlap_is_that_of_masks_placed_at_random() -> None:
     np.testing.assert_allclose(np.mean(drawn, axis=0), wanted, atol=0.2)
 
 
+def test_expected_overlap_of_weights_of_like_size() -> None:
+    rng = np.random.default_rng(4)
+    weight = rng.standard_normal((40, 50))
+    largest = abs(weight) >= np.sort(abs(weight), axis=None)[-200]
+    assert inside.expected_by_size(largest, largest, weight) == pytest.approx(200)
+    a, b = (rng.random(weight.shape) < np.where(largest, 0.5, 0.05) for _ in range(2))
+    found = inside.expected_by_size(a, b, weight)
+    ties = (a & largest).sum() * (b & largest).sum() / 200
+    ties += (a & ~largest).sum() * (b & ~largest).sum() / 1800
+    assert abs(found - ties) < 0.25 * ties
+    assert inside.expected_by_size(a, b, rng.permuted(weight)) < 0.6 * ties
+
+
 def test_margins_keep_the_sums_of_rows_and_columns() -> None:
     rng = np.random.default_rng(1)
     mask = rng.random((30, 40)) < np.outer(rng.random(30) ** 2, rng.random(40))

@@ -26,7 +26,9 @@ been empty through a whole level of pressure.
 * in ``inside-overlap.csv`` for two masks, the present weights of each, their intersection, and what
   chance expects it to be if it places the weights anywhere (``uniform``), in the same layers
   (``layers``), at the same pixels (``pixels``; the other layers as before), at the same inputs and
-  outputs of every layer (``margins``); "largest0" is the mask of dense network 0's largest weights.
+  outputs of every layer (``margins``), among the weights that were about as large in the same layer
+  of the network that both begin with (``sizes``); "largest0" is the mask of dense network 0's
+  largest weights.
   A unit of one dense network is no unit of another: between those, only pixels can be compared
   (``pixel_correlation``);
 * in ``inside-bottleneck.csv`` for each epoch of a bottleneck. ``flux_present`` and
@@ -65,6 +67,7 @@ from minihyperflows.nn import Module
 MODULE = "minihyperflows.lab.studies.inside"
 LAYERS = ("fc1", "fc2", "fc3")
 RARE = 0.01  # of the images
+GROUPS = 100  # of weights by size
 LEVELS = 10  # of pressure in a bottleneck, each five times the one before
 
 # Twelve epochs under pressure are enough if the scheduler has 48 periods in them.
@@ -325,10 +328,14 @@ class Study:
         packed = self.read(run.name)[0]["masks"][epoch]
         return parted(np.unpackbits(packed).astype(bool), self.shapes)
 
+    def weights(self, run: Pruning) -> Masks:
+        """By layer, of the network it begins with."""
+        state, _ = self.dense(run)
+        return {name: state[f"{name}.weight"] for name in LAYERS}
+
     def largest(self, run: Pruning, number: int) -> Masks:
         """The mask of the largest weights, over all layers, of the network it begins with."""
-        state, _ = self.dense(run)
-        sizes = np.concatenate([abs(state[f"{name}.weight"]).reshape(-1) for name in LAYERS])
+        sizes = np.concatenate([abs(w).reshape(-1) for w in self.weights(run).values()])
         mask = np.zeros(sizes.size, bool)
         mask[np.argsort(-sizes, kind="stable")[:number]] = True
         return parted(mask, self.shapes)
@@ -391,10 +398,17 @@ def margins(mask: np.ndarray, rounds: int = 100) -> np.ndarray:
     return chance
 
 
-def expected_overlap(a: Masks, b: Masks, fit: bool = True) -> dict[str, dict[str, float]]:
+def expected_overlap(
+    a: Masks, b: Masks, weights: Masks | None = None, fit: bool = True
+) -> dict[str, dict[str, float]]:
     """By layer and for "all", the intersection that chance expects of masks like ``a`` and ``b``,
-    by what they have in common: ``uniform``, ``layers``, ``pixels``, ``margins`` (left out without
-    ``fit``: it takes a second)."""
+    by what they have in common: ``uniform``, ``layers``, ``pixels``, ``margins``, ``sizes``.
+
+    Args:
+        a, b: masks by layer.
+        weights: by layer, of the network that both begin with, for ``sizes``.
+        fit: whether to find ``margins``, which takes a second.
+    """
     number = {name: (int(a[name].sum()), int(b[name].sum())) for name in LAYERS}
     size = {name: a[name].size for name in LAYERS}
     totals = [sum(pair[k] for pair in number.values()) for k in (0, 1)]
@@ -411,14 +425,27 @@ def expected_overlap(a: Masks, b: Masks, fit: bool = True) -> dict[str, dict[str
         if fit:
             expected = (margins(a[name]) * margins(b[name])).sum()
             result[name]["margins"] = float(expected)
+        if weights is not None:
+            result[name]["sizes"] = expected_by_size(a[name], b[name], weights[name])
     kinds = result["fc1"]
     result["all"] = {kind: sum(result[name][kind] for name in LAYERS) for kind in kinds}
     return result
 
 
-def overlap(a: Masks, b: Masks, fit: bool = True) -> Iterator[Row]:
-    """A row for all weights and for each layer: the two numbers, the intersection, chance."""
-    expected = expected_overlap(a, b, fit)
+def expected_by_size(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> float:
+    """The intersection that chance expects within groups of weights of about the same size: 100
+    equally many, or as many as leave twenty weights for each."""
+    groups = min(GROUPS, weight.size // 20)
+    group = np.empty(weight.size, int)
+    group[np.argsort(abs(weight), axis=None)] = np.arange(weight.size) * groups // weight.size
+    one, other = (np.bincount(group, m.reshape(-1), groups) for m in (a, b))
+    return float((one * other / np.bincount(group, minlength=groups)).sum())
+
+
+def overlap(a: Masks, b: Masks, weights: Masks | None = None, fit: bool = True) -> Iterator[Row]:
+    """A row for all weights and for each layer: the two numbers, the intersection, and chance
+    (see :func:`expected_overlap`)."""
+    expected = expected_overlap(a, b, weights, fit)
     for part in ("all", *LAYERS):
         one, other = (joined(m) if part == "all" else m[part].reshape(-1) for m in (a, b))
         numbers = {"part": part, "weights": one.size, "a_present": int(one.sum())}
@@ -483,13 +510,17 @@ def overlap_rows(study: Study) -> Iterator[Row]:
     largest weights of their dense network; for four seeds of dense network 0 also each epoch."""
     runs = [run for run in study.finished(Pruning) if run.target == 0.98]
     masks = {run.name: study.masks(run) for run in runs}
+    begin = {run.name: run for run in runs}
     for run in {run.begin: run for run in runs if run.trained}.values():
         masks[f"largest{run.dense}"] = study.largest(run, int(joined(masks[run.name]).sum()))
+        begin[f"largest{run.dense}"] = run
     for a, b in itertools.combinations(masks, 2):
         pixels = [masks[name]["fc1"].sum(axis=0) for name in (a, b)]
         with np.errstate(invalid="ignore", divide="ignore"):
             correlation = float(np.corrcoef(*pixels)[0, 1])
-        for row in overlap(masks[a], masks[b]):
+        same = begin[a].begin == begin[b].begin
+        weights = study.weights(begin[a]) if same else None
+        for row in overlap(masks[a], masks[b], weights):
             yield {"a": a, "b": b, "epoch": "last", "pixel_correlation": correlation} | row
     own = [run for run in runs if run.begin == "dense0" and run.order == run.presence]
     for one, other in itertools.combinations(own, 2):
