@@ -1,0 +1,102 @@
+"""Filters that go for good: a smaller ordinary network, and how to score what goes together."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from minihyperflows.engine.backend import to_device
+from minihyperflows.nn.module import Module
+from minihyperflows.related.channels import ChannelGroup, channel_groups
+from minihyperflows.related.cutting import cut
+
+COMBINATIONS: dict[str, Callable[..., np.ndarray]] = {"mean": np.mean, "sum": np.sum, "max": np.max}
+
+
+def remove_filters(
+    net: Module, keep: Mapping[str, np.ndarray], input_shape: tuple[int, ...]
+) -> Module:
+    """A smaller copy of ``net`` without the filters that ``keep`` leaves out.
+
+    It computes what ``net`` computes with the outputs of those filters, behind batch norm and ReLU,
+    set to zero (:func:`zero_filters`). Their batch norm's entries and the next layers' inputs are
+    gone too, so the copy is an ordinary network, with fewer operations, to train with a new
+    optimiser.
+
+    Args:
+        net: without gates or masks; it stays as it is.
+        keep: for some of the :func:`~minihyperflows.related.channels.channel_groups` of ``net``, by
+            name, a boolean mask (C,) of the channels to keep, at least one.
+        input_shape: of one image, (H, W, C).
+
+    Raises:
+        KeyError, ValueError: as :func:`~minihyperflows.related.cutting.cut`.
+    """
+    smaller = copy.deepcopy(net)
+    cut(smaller, channel_groups(smaller, input_shape), keep)
+    return smaller
+
+
+def zero_filters(
+    net: Module, keep: Mapping[str, np.ndarray], input_shape: tuple[int, ...]
+) -> Module:
+    """A copy of ``net`` of the same size in which the filters that ``keep`` leaves out give zeros.
+
+    Their weights are 0, and so are the biases, scales and shifts behind them. Arguments as for
+    :func:`remove_filters`.
+    """
+    zeroed = copy.deepcopy(net)
+    groups = channel_groups(zeroed, input_shape)
+    modules: dict[str, Any] = dict(zeroed.named_modules())
+    for name, mask in keep.items():
+        for member in (*groups[name].outputs, *groups[name].norms):
+            for tensor in (modules[member].weight, modules[member].bias):
+                if tensor is not None:
+                    factor = np.asarray(mask, tensor.dtype).reshape(-1, *[1] * (tensor.ndim - 1))
+                    tensor.data = tensor.data * to_device(factor, tensor.device)
+    return zeroed
+
+
+def channel_scores(
+    scores: Mapping[str, np.ndarray],
+    groups: Mapping[str, ChannelGroup],
+    combine: str = "mean",
+) -> dict[str, np.ndarray]:
+    """One score for each removable channel, (C,) by the names of the groups.
+
+    A channel goes with all the filters that make it, one in each layer of its group. Their mean
+    puts a residual stream on the footing of a layer inside a block; their sum is the first-order
+    cost of the whole removal, where scores add up. Depthwise filters inherit the score of the
+    channel that they filter, so they do not count (as in the code of Lubana & Dick 2021).
+
+    Args:
+        scores: (C,) for each layer's weight, from ``importance(..., level="filter")``.
+        groups: the network's.
+        combine: "mean", "sum" or "max" over the layers of a group.
+    """
+    if combine not in COMBINATIONS:
+        raise ValueError(f"combine must be one of {', '.join(COMBINATIONS)}, not {combine!r}")
+    found = {}
+    for name, group in groups.items():
+        if group.removable:
+            makers = [layer for layer in group.outputs if layer not in group.depthwise]
+            stacked = np.stack([scores[f"{layer}.weight"] for layer in makers])
+            found[name] = COMBINATIONS[combine](stacked, axis=0)
+    return found
+
+
+def widths(groups: Mapping[str, ChannelGroup]) -> dict[str, int]:
+    """How many channels each removable group has."""
+    return {name: group.size for name, group in groups.items() if group.removable}
+
+
+def safeguard(groups: Mapping[str, ChannelGroup], fraction: float = 0.05) -> dict[str, int]:
+    """floor(fraction C) + 1 channels of each group, to keep in any case.
+
+    The code of Lubana & Dick 2021 exempts so many filters of a layer, the last ones by index; here
+    ``keep_highest(..., least=safeguard(groups))`` exempts the best.
+    """
+    return {name: int(fraction * size) + 1 for name, size in widths(groups).items()}

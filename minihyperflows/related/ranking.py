@@ -1,0 +1,100 @@
+"""How many to remove in each round, and which: a schedule, and one ranking of the whole network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from minihyperflows.related.pruners import largest
+
+Masks = dict[str, np.ndarray]
+
+# -- how many ------------------------------------------------------------------------------------
+
+
+def round_fraction(k: int, rounds: int, sparsity: float) -> float:
+    """p_k = P / (k P + n (1 - P)): the fraction of what is left that round k of n removes (15.14).
+
+    P is the sparsity in the end. The product of all (1 - p_k) telescopes to 1 - P; see
+    :func:`kept_fraction`. Source: the code of Lubana & Dick 2021.
+    """
+    _check_round(k, rounds, sparsity, first=1)
+    return sparsity / (k * sparsity + rounds * (1 - sparsity))
+
+
+def kept_fraction(k: int, rounds: int, sparsity: float) -> float:
+    """R_k = (1 - p_1) ... (1 - p_k) = n (1 - P) / (k P + n (1 - P)), what k rounds leave (15.15).
+
+    1 / R_k grows linearly from 1 to 1 / (1 - P): the first rounds remove the most.
+    """
+    _check_round(k, rounds, sparsity, first=0)
+    return rounds * (1 - sparsity) / (k * sparsity + rounds * (1 - sparsity))
+
+
+def fractions_between(sparsities: Sequence[float]) -> list[float]:
+    """p_k = (t_k - t_(k-1)) / (1 - t_(k-1)): the fractions that lead from one sparsity t to the
+    next, from 0."""
+    before = [0.0, *sparsities[:-1]]
+    if any(not 0 <= a <= b < 1 for a, b in zip(before, sparsities, strict=True)):
+        raise ValueError(f"sparsities must rise and stay in [0, 1), not {list(sparsities)}")
+    return [(b - a) / (1 - a) for a, b in zip(before, sparsities, strict=True)]
+
+
+def _check_round(k: int, rounds: int, sparsity: float, first: int) -> None:
+    if not first <= k <= rounds:
+        raise ValueError(f"there is no round {k} of {rounds}")
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity is the fraction removed, in [0, 1), not {sparsity}")
+
+
+# -- which ---------------------------------------------------------------------------------------
+
+
+def keep_highest(
+    scores: Mapping[str, np.ndarray],
+    count: int,
+    least: int | Mapping[str, int] = 0,
+    present: Mapping[str, np.ndarray] | None = None,
+) -> Masks:
+    """True at the ``count`` highest scores of all arrays together; in a tie the earlier ones.
+
+    Args:
+        scores: arrays of any shapes.
+        count: how many to keep in all.
+        least: so many of each array stay in any case, its highest: one number, or one by name. With
+            0 an array may lose everything.
+        present: masks; what is not present cannot be kept, whatever its score. (A removed weight
+            has score 0, and would come before one with a negative score.)
+
+    Raises:
+        ValueError: a score is NaN; ``least`` or what is present does not leave that choice.
+    """
+    ranks = {}
+    fixed = available = 0
+    for name, score in scores.items():
+        if np.isnan(score).any():
+            raise ValueError(f"{name} has a score that is NaN")
+        here = np.ones(score.shape, bool) if present is None else present[name]
+        rank = np.where(here, score.astype(float), -np.inf).reshape(-1)
+        wanted = least if isinstance(least, int) else least[name]
+        wanted = min(wanted, int(here.sum()))
+        rank[largest(rank, wanted)] = np.inf
+        ranks[name] = rank
+        fixed, available = fixed + wanted, available + int(here.sum())
+    if not fixed <= count <= available:
+        raise ValueError(f"{count} of {available} cannot be kept, if {fixed} must be")
+    chosen = largest(np.concatenate(list(ranks.values())), count)
+    ends = np.cumsum([len(rank) for rank in ranks.values()])
+    parts = np.split(chosen, ends[:-1])
+    return {n: part.reshape(scores[n].shape) for n, part in zip(scores, parts, strict=True)}
+
+
+def shuffled(keep: Mapping[str, np.ndarray], rng: np.random.Generator) -> Masks:
+    """Masks that keep as many of each array, at random: what was chosen, without the choice.
+
+    The control that separates the ranking within layers from the sizes of the layers.
+    """
+    return {
+        name: rng.permutation(mask.reshape(-1)).reshape(mask.shape) for name, mask in keep.items()
+    }

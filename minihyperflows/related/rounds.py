@@ -1,0 +1,140 @@
+"""Prune, train, prune, train: the loop of iterative pruning by a score.
+
+Each round trains, scores, and removes the lowest of one ranking of the whole network; then whoever
+runs the loop trains what is left to the end. Training and scoring are handed in as functions, since
+data, learning rates and epochs are the business of the caller. So ``train`` makes a new optimiser
+each time, as Lubana & Dick 2021 do::
+
+    def score(net):
+        return importance(net, x, labels, "loss_preservation", "filter", temperature=5, mode="eval")
+
+    for pruned in prune_filters(net, (32, 32, 3), 0.75, rounds=5, train=one_epoch, score=score):
+        net = pruned.net
+    finish_training(net)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+from minihyperflows.nn.layers import Weighted
+from minihyperflows.nn.module import Module
+from minihyperflows.related.channels import channel_groups
+from minihyperflows.related.filters import channel_scores, remove_filters, widths
+from minihyperflows.related.pruners import attach_masks
+from minihyperflows.related.ranking import Masks, keep_highest, kept_fraction
+
+Train: TypeAlias = Callable[[Module], object]
+Scores: TypeAlias = Callable[[Module], Mapping[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a round of pruning leaves.
+
+    Attributes:
+        number: of the round, from 1.
+        net: the network to go on with; a new one where filters were removed.
+        keep: what stays of what the round began with, as boolean masks: by layer for weights, by
+            group of channels for filters.
+        kept, total: how many weights or channels there are now, and were before the first round.
+    """
+
+    number: int
+    net: Module
+    keep: Masks
+    kept: int
+    total: int
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction that has been removed."""
+        return 1 - self.kept / self.total
+
+
+def prune_weights(
+    net: Module,
+    sparsity: float,
+    rounds: int,
+    train: Train,
+    score: Scores,
+    *,
+    least: int = 0,
+    exclude: Collection[str] = (),
+) -> Iterator[Round]:
+    """Remove single weights in ``rounds`` rounds, until the fraction ``sparsity`` is gone.
+
+    The layers of ``net`` get masks, which stay on for the training after the last round. Removed
+    weights stay removed. :func:`finish` writes the zeros.
+
+    Args:
+        net: a network without masks or gates.
+        sparsity: P, of the weights of all layers that are not excluded.
+        rounds: n; after round k the fraction :func:`~ranking.kept_fraction` is left, rounded.
+        train: trains the network, in place, before each round; it may do nothing, for pruning at
+            initialisation.
+        score: gives the scores of the network's weights, keyed like ``named_parameters()``.
+        least: so many weights of each layer stay, whatever their scores; with 0 a layer may vanish.
+        exclude: names of layers that are not pruned.
+    """
+    masks = {name: m for name, m in attach_masks(net).items() if name not in exclude}
+    total = sum(mask.present.size for mask in masks.values())
+    for k in range(1, rounds + 1):
+        train(net)
+        found = score(net)
+        scores = {name: found[f"{name}.weight"] for name in masks}
+        present = {name: mask.present for name, mask in masks.items()}
+        kept = round(kept_fraction(k, rounds, sparsity) * total)
+        keep = keep_highest(scores, kept, least, present)
+        for name, mask in masks.items():
+            mask.present = keep[name]
+        yield Round(k, net, keep, kept, total)
+
+
+def finish(net: Module) -> None:
+    """Write the zeros of the masks into the weights and take the masks off: the same function."""
+    for _, layer in net.named_modules():
+        if isinstance(layer, Weighted) and layer.weight_gate is not None:
+            layer.weight.data = layer.effective_weight().data
+            layer.weight_gate = None
+
+
+def prune_filters(
+    net: Module,
+    input_shape: tuple[int, ...],
+    sparsity: float,
+    rounds: int,
+    train: Train,
+    score: Scores,
+    *,
+    combine: str = "mean",
+    least: int | Mapping[str, int] = 1,
+) -> Iterator[Round]:
+    """Remove channels in ``rounds`` rounds, until the fraction ``sparsity`` is gone.
+
+    Every round makes a smaller network; the one handed in is trained before the first, and then
+    left alone. Channels that only exist together, around residual blocks and depthwise layers,
+    count once.
+
+    Args:
+        net: the network to begin with.
+        input_shape: of one image, (H, W, C).
+        sparsity: P, of the channels of all groups that can be pruned.
+        rounds: n; after round k the fraction :func:`~ranking.kept_fraction` is left, rounded.
+        train: trains a network, in place, before each round.
+        score: gives (C,) scores of a network's filters, keyed like ``named_parameters()``.
+        combine: how the filters of a group share a score; see :func:`~filters.channel_scores`.
+        least: how many channels of each group stay in any case, at least 1.
+    """
+    total = sum(widths(channel_groups(net, input_shape)).values())
+    for k in range(1, rounds + 1):
+        train(net)
+        scores = channel_scores(score(net), channel_groups(net, input_shape), combine)
+        kept = round(kept_fraction(k, rounds, sparsity) * total)
+        keep = keep_highest(scores, kept, least)
+        net = remove_filters(net, keep, input_shape)
+        yield Round(k, net, keep, kept, total)
