@@ -10,9 +10,11 @@ import pytest
 
 from minihyperflows import flows, models, nn
 from minihyperflows import functional as F
+from minihyperflows.engine.tensor import Tensor
 from minihyperflows.nn.counting import flops
 from minihyperflows.nn.models.resnet import Bottleneck, ResNet
 from minihyperflows.related.channels import channel_groups
+from minihyperflows.related.cutting import set_widths
 from minihyperflows.related.dhp import (
     HyperNetwork,
     extract,
@@ -20,6 +22,7 @@ from minihyperflows.related.dhp import (
     layer_costs,
     macs,
     survivors,
+    widths_at,
 )
 from minihyperflows.related.dhp.network import GeneratedWeight
 
@@ -106,6 +109,8 @@ def test_a_depthwise_layer_goes_with_the_layer_before_it() -> None:
     assert len(fixed) == 16
     some = hyper_network("mobilenet_v1", classifier_keeps=0.4)
     assert some.floors["features.13.1.0"] == 52  # of 128, rounded up
+    some.latents["features.13.1.0"].data[:100] = 0
+    assert extract(some).state_dict()["classifier.weight"].shape == (10, 52)
 
 
 def test_chains_have_a_latent_for_each_layer() -> None:
@@ -115,6 +120,50 @@ def test_chains_have_a_latent_for_each_layer() -> None:
     assert list(network.floors.values()) == [3, *[2] * 9, 64]
     linear = hyper_network("lenet300")
     assert {n: z.size for n, z in linear.latents.items()} == {"input": 3072, "fc1": 300, "fc2": 100}
+
+
+class Denoiser(nn.Module):
+    """x + what three convolutions make of x: the images' channels are the outputs' too."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.head = nn.Conv2d(3, 8, 3, padding=1, rng=rng, dtype=np.float64)
+        self.body = nn.Conv2d(8, 8, 3, padding=1, bias=False, rng=rng, dtype=np.float64)
+        self.norm = nn.BatchNorm2d(8, dtype=np.float64)
+        self.tail = nn.Conv2d(8, 3, 3, padding=1, rng=rng, dtype=np.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.tail(self.norm.then_relu(self.body(F.relu(self.head(x)))))
+
+
+def test_images_that_are_added_to_the_outputs(rng: np.random.Generator) -> None:
+    """A convolution that makes the outputs is generated like the others; images have one latent,
+    which stays whole."""
+    network = HyperNetwork(Denoiser(rng), IMAGE, rng=rng)
+    scatter_latents(network)
+    assert list(network.layers) == ["head", "body", "tail"]
+    assert gates(network)["tail"].z_out is gates(network)["head"].z_in
+    assert sorted(network.floors.values()) == [3, 4, 4]
+    net = extract(network)
+    assert net(np.ones((1, 4, 4, 3))).shape == (1, 4, 4, 3)
+    assert network.flops_ratio() < 1
+
+
+def test_a_flattened_map_repeats_its_latent(rng: np.random.Generator) -> None:
+    """The inputs k C + c of a linear layer are those of channel c."""
+    layers = [nn.Conv2d(1, 3, 3, rng=rng), nn.ReLU(), nn.Flatten()]
+    layers += [nn.Linear(12, 5, rng=rng), nn.ReLU(), nn.Linear(5, 2, rng=rng)]
+    network = HyperNetwork(nn.Sequential(*layers), (4, 4, 1), hyper_bias=False, minimum=1, rng=rng)
+    network.latents["0"].data[1] = 0
+    x = rng.standard_normal((2, 4, 4, 1)).astype(np.float32)
+    net = extract(network)
+    assert net.state_dict()["3.weight"].shape == (5, 8)
+    np.testing.assert_allclose(net(x).data, network(x).data, rtol=1e-5, atol=1e-6)
+
+
+def test_options_out_of_range(rng: np.random.Generator) -> None:
+    for option in ({"minimum": 0}, {"embedding": 0}, {"classifier_keeps": 1.5}):
+        with pytest.raises(ValueError, match=next(iter(option))):
+            HyperNetwork(build("vgg13", rng), IMAGE, rng=rng, **option)
 
 
 def test_what_is_trained() -> None:
@@ -206,6 +255,29 @@ def test_the_ratio_is_that_of_the_network_that_is_left(name: str) -> None:
     assert net(np.ones((2, *IMAGE), np.float32)).shape == (2, 10)
 
 
+@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v1"])
+def test_control_widths_cost_what_was_asked_for(name: str) -> None:
+    """Uniform and random ones; a network that is built with them costs that, too."""
+    network = hyper_network(name, embedding=1)
+    rng, sizes, whole = np.random.default_rng(3), network.sizes(), macs_of(generated(network))
+    shares, found = {group: rng.uniform(0.3, 1) for group in sizes}, []
+    for options in ({}, {"floors": network.floors}, {"shares": shares, "floors": network.floors}):
+        widths = widths_at(0.5, network.costs, network.groups, **options)
+        net = build(name, rng)
+        removable = {n for n, group in network.groups.items() if group.removable}
+        set_widths(net, IMAGE, {n: widths[n] for n in removable})
+        ratio = macs_of(net) / whole
+        assert 0.47 < ratio <= 0.5
+        assert ratio == pytest.approx(macs(network.costs, widths) / macs(network.costs, sizes))
+        if "floors" in options:
+            assert all(floor <= widths.get(n, floor) for n, floor in network.floors.items())
+        found.append(widths)
+    assert found[0] != found[1] != found[2]
+    assert widths_at(1.0, network.costs, network.groups) == sizes
+    with pytest.raises(ValueError, match="fewest channels"):
+        widths_at(0.5, network.costs, network.groups, floors=sizes)
+
+
 def macs_of(net: nn.Module) -> int:
     """Multiplications by the other counter, which counts additions too: outputs (2 K - 1)."""
     layers = {n: m for n, m in net.named_modules() if isinstance(m, nn.Weighted)}
@@ -224,6 +296,7 @@ def test_survivors_are_the_large_ones_and_at_least_the_floor() -> None:
     np.testing.assert_array_equal(survivors(z, 0.2, 1), [1, 1, 0, 0, 1])  # the border survives
     np.testing.assert_array_equal(survivors(z, 0.35, 4), [1, 1, 1, 0, 1])
     np.testing.assert_array_equal(survivors(z, 9.0, 5), [1, 1, 1, 1, 1])
+    np.testing.assert_array_equal(survivors(z * (z > 0.2), 0.35, 3), [1, 1, 1, 0, 0])  # zeros tie
 
 
 def test_below_the_threshold_is_not_zero() -> None:
@@ -235,8 +308,9 @@ def test_below_the_threshold_is_not_zero() -> None:
     assert (count.size, count.below, count.zero) == (16, 5, 3)
     assert network.widths()["conv1"] == 11
     assert network.kept()["conv1"].sum() == 11
-    assert network.widths(threshold=0.01)["conv1"] == 10
     assert network.kept()["input"].all()
+    network.threshold = 0.01
+    assert network.widths()["conv1"] == 10
 
 
 @pytest.mark.parametrize("name", ["resnet20", "mobilenet_v1"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import textwrap
 from dataclasses import dataclass
 from functools import cache
@@ -121,6 +122,24 @@ def test_the_stop_is_looked_at_every_so_many_steps() -> None:
     assert search.reached
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_search_continues_where_it_stopped(steps: int) -> None:
+    """Bit for bit, through arrays and JSON."""
+    undisturbed, stopped, resumed = (small_search(check_every=2) for _ in range(3))
+    for seed in range(5):
+        if seed == steps:
+            arrays, values = stopped.state_dict()
+            resumed.load_state_dict(arrays, json.loads(json.dumps(values)))
+        for search in (undisturbed, stopped if seed < steps else resumed):
+            backward(search.network, seed)
+            search.step()
+    assert resumed.history == undisturbed.history
+    assert resumed.steps == 5
+    expected = undisturbed.state_dict()[0]
+    for name, array in resumed.state_dict()[0].items():
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+
+
 # -- whole searches on the digits ------------------------------------------------------------------
 
 
@@ -192,21 +211,21 @@ def test_a_search_reaches_its_target(dtype: Any) -> None:
 
 def test_the_function_gap_is_large_as_published() -> None:
     """U9: with biases the cut takes away what the network computed with."""
-    found = searched(np.float32, hyper_bias=True, target=0.5, l1=0.1)
-    full, cut = (accuracy(net, np.float32) for net in (found.full, found.compact))
-    assert full > 0.8
-    assert cut < full - 0.3
+    found = searched(np.float64, hyper_bias=True, target=0.5, l1=0.1)
+    full, cut = (accuracy(net, np.float64) for net in (found.full, found.compact))
+    assert full > 0.6
+    assert cut < full - 0.25
 
 
 def test_without_biases_there_is_no_gap() -> None:
-    """U9: latents carry the function, so what is cut was not used any more. They resist longer."""
-    found = searched(np.float64, hyper_bias=False, target=0.9, l1=0.3)
-    assert found.search.ratio < 0.98
-    counts = found.search.network.latent_counts()
-    x = digits(np.float64)[2]
-    full, cut = (net.eval()(x).data for net in (found.full, found.compact))
-    small = all(count.below == count.zero for count in counts.values())
-    np.testing.assert_allclose(cut, full, atol=(1e-9 if small else 0.05) * abs(full).max())
+    """U9: latents carry the function, so what is cut was not used any more."""
+    found = searched(np.float64, hyper_bias=False, target=0.8, l1=0.1)
+    assert 0.4 < found.search.ratio <= 0.82
+    counts = found.search.network.latent_counts().values()
+    assert all(count.below == count.zero for count in counts)
+    full, cut = (net.eval()(digits(np.float64)[2]).data for net in (found.full, found.compact))
+    assert np.std(full, axis=0).max() > 0.1 * abs(full).max()  # images are told apart
+    np.testing.assert_allclose(cut, full, rtol=1e-9, atol=1e-12 * abs(full).max())
 
 
 def test_the_example_of_the_docstring_runs() -> None:

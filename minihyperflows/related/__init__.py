@@ -1,5 +1,6 @@
 """The neighbours of Hyperflows: other answers to the question which weights matter."""
 
+from minihyperflows.related import dhp
 from minihyperflows.related.channels import ChannelGroup, channel_groups
 from minihyperflows.related.derivatives import Landscape, gradient, hessian_gradient_product
 from minihyperflows.related.importance import SCORES, importance
@@ -9,6 +10,7 @@ __all__ = [
     "ChannelGroup",
     "Landscape",
     "channel_groups",
+    "dhp",
     "gradient",
     "hessian_gradient_product",
     "importance",

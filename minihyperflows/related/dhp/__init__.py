@@ -20,7 +20,7 @@ Source: Li, Gu, Zhang, Van Gool, Timofte, "DHP: differentiable meta pruning via 
 ECCV 2020, arXiv 2003.13683, and the authors' code. Chapter 16.
 """
 
-from minihyperflows.related.dhp.cost import LayerCost, layer_costs, macs
+from minihyperflows.related.dhp.cost import LayerCost, layer_costs, macs, widths_at
 from minihyperflows.related.dhp.extract import extract, generated
 from minihyperflows.related.dhp.layers import HyperLayer
 from minihyperflows.related.dhp.network import HyperNetwork, LatentCount, survivors
@@ -42,4 +42,5 @@ __all__ = [
     "shrink_norm",
     "soft_threshold",
     "survivors",
+    "widths_at",
 ]

@@ -44,6 +44,48 @@ def macs(costs: Sequence[LayerCost], widths: Mapping[str, int], norms: bool = Fa
     return sum(cost.macs(widths, norms) for cost in costs)
 
 
+def widths_at(
+    ratio: float,
+    costs: Sequence[LayerCost],
+    groups: Mapping[str, ChannelGroup],
+    floors: Mapping[str, int] | None = None,
+    shares: Mapping[str, float] | None = None,
+) -> dict[str, int]:
+    """Widths that cost at most ``ratio`` of the multiplications: a control for a search.
+
+    Every removable group gets the same fraction s of its channels, or s times its share: random
+    shares give random widths. s is the largest that costs no more; widths are rounded.
+
+    Args:
+        ratio: the multiplications to keep, over those of the whole network.
+        costs: of the layers.
+        groups: of the channels.
+        floors: the fewest channels of some groups, 1 for the others: with ``HyperNetwork.floors``
+            the control keeps whole what the search keeps whole.
+        shares: of some groups, in [0, 1]; 1 for the others.
+
+    Raises:
+        ValueError: the fewest channels cost more.
+    """
+    floors, shares = floors or {}, shares or {}
+    whole = {name: group.size for name, group in groups.items()}
+
+    def widths(s: float) -> dict[str, int]:
+        scaled = {n: max(floors.get(n, 1), round(s * shares.get(n, 1.0) * whole[n])) for n in whole}
+        return {n: min(scaled[n], c) if groups[n].removable else c for n, c in whole.items()}
+
+    limit = ratio * macs(costs, whole)
+    if macs(costs, widths(0.0)) > limit:
+        raise ValueError(f"the fewest channels cost more than {ratio} of the multiplications")
+    low, high = 0.0, 1 / min([share for share in shares.values() if share > 0], default=1)
+    if macs(costs, widths(high)) <= limit:
+        return widths(high)
+    for _ in range(50):  # halve the interval that s lies in
+        middle = (low + high) / 2
+        low, high = (middle, high) if macs(costs, widths(middle)) <= limit else (low, middle)
+    return widths(low)
+
+
 def layer_costs(
     net: Module, input_shape: tuple[int, ...], groups: Mapping[str, ChannelGroup]
 ) -> list[LayerCost]:

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from minihyperflows.engine.backend import xp_of
 from minihyperflows.engine.tensor import Tensor
 from minihyperflows.nn import init
 from minihyperflows.nn.module import Module, Parameter
@@ -86,12 +87,12 @@ class HyperLayer(Module):
 
         slope = sum over r of W2[r] w1[r],  offset = sum over r of W2[r] b1[r] + b2.
 
-        Worth it where one hypernetwork makes many weights. In training it makes one a step, and
-        the two sums over W2 cost more than the single one of :meth:`generate`.
+        Worth it where one hypernetwork makes weights for many latents. In training it makes one a
+        step, for which the two sums over W2 cost more than the single one of :meth:`generate`.
         """
         slope = (self.W2 * self._over_kernel(self.w1)).sum(axis=0)
         if self.b1 is None or self.b2 is None:
-            return slope, Tensor(np.zeros((), slope.dtype)).to(slope.device)
+            return slope, Tensor(xp_of(slope.data).zeros_like(slope.data))
         return slope, (self.W2 * self._over_kernel(self.b1)).sum(axis=0) + self.b2
 
     def generate_collapsed(self, z_in: Tensor, z_out: Tensor) -> Tensor:

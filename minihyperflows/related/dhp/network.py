@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from minihyperflows import functional as F
-from minihyperflows.engine.backend import Array, to_numpy
+from minihyperflows.engine.backend import to_numpy
 from minihyperflows.engine.tensor import Tensor
 from minihyperflows.nn import Linear, Module, Parameter, Weighted
 from minihyperflows.related.channels import (
@@ -67,7 +67,8 @@ class HyperNetwork(Module):
         input_shape: of one image, (H, W, C).
         embedding: m, the numbers between latent matrix and weight.
         hyper_bias: whether the hypernetworks have biases, as the authors' have.
-        minimum: the channels that every group keeps.
+        threshold: T, the smallest |z| that keeps a channel; may be changed later.
+        minimum: the number of channels that every group keeps.
         classifier_keeps: the fraction of the last layer's input channels to keep at least. With 1,
             the authors' choice for ResNets, none of them is pruned.
         rng: draws latents and hypernetworks.
@@ -81,7 +82,8 @@ class HyperNetwork(Module):
         costs: the multiplications of each layer, as functions of the widths.
 
     Raises:
-        ValueError: the layers have gates already, or the channels cannot be grouped.
+        ValueError: an option out of range, layers that have gates already, or channels that cannot
+            be grouped.
     """
 
     def __init__(
@@ -91,14 +93,20 @@ class HyperNetwork(Module):
         *,
         embedding: int = EMBEDDING,
         hyper_bias: bool = True,
+        threshold: float = THRESHOLD,
         minimum: int = MINIMUM,
         classifier_keeps: float = 1.0,
         rng: np.random.Generator,
     ) -> None:
+        if embedding < 1 or minimum < 1 or not 0 <= classifier_keeps <= 1:
+            raise ValueError(
+                f"embedding ({embedding}) and minimum ({minimum}) must be at least 1, "
+                f"classifier_keeps ({classifier_keeps}) a fraction"
+            )
         weighted = {name: m for name, m in net.named_modules() if isinstance(m, Weighted)}
         if any(layer.weight_gate for layer in weighted.values()):
             raise ValueError("the network has gates already, and a layer has room for one only")
-        self.net = net
+        self.net, self.threshold = net, threshold
         self.groups = channel_groups(net, input_shape)
         self.costs = layer_costs(net, input_shape, self.groups)
         self.latents: dict[str, Parameter] = {}
@@ -143,36 +151,38 @@ class HyperNetwork(Module):
 
     # -- what the latents would keep -------------------------------------------------------------
 
-    def kept(self, threshold: float = THRESHOLD) -> dict[str, np.ndarray]:
+    def kept(self) -> dict[str, np.ndarray]:
         """For each group with a latent a boolean mask of the channels that survive.
 
         Channel i survives if |z_i| >= T, or if it is among the group's ``floors`` largest.
         """
         return {
-            name: survivors(to_numpy(latent.data), threshold, self.floors[name])
+            name: survivors(to_numpy(latent.data), self.threshold, self.floors[name])
             for name, latent in self.latents.items()
             if name in self.groups
         }
 
-    def widths(self, threshold: float = THRESHOLD) -> dict[str, int]:
+    def sizes(self) -> dict[str, int]:
+        """The number of channels that there are, for every group."""
+        return {name: group.size for name, group in self.groups.items()}
+
+    def widths(self) -> dict[str, int]:
         """The number of channels that survive, for every group."""
-        whole = {name: group.size for name, group in self.groups.items()}
-        return whole | {name: int(mask.sum()) for name, mask in self.kept(threshold).items()}
+        return self.sizes() | {name: int(mask.sum()) for name, mask in self.kept().items()}
 
-    def flops_ratio(self, threshold: float = THRESHOLD) -> float:
+    def flops_ratio(self) -> float:
         """Multiplications of the network with the surviving channels, over those of the whole."""
-        whole = {name: group.size for name, group in self.groups.items()}
-        return macs(self.costs, self.widths(threshold)) / macs(self.costs, whole)
+        return macs(self.costs, self.widths()) / macs(self.costs, self.sizes())
 
-    def latent_counts(self, threshold: float = THRESHOLD) -> dict[str, LatentCount]:
+    def latent_counts(self) -> dict[str, LatentCount]:
         """How many entries of each latent are small, and how many are zero: not the same.
 
-        A channel is cut when its latent is below the threshold, long before the latent is zero.
+        A channel is cut when its latent is below the threshold, which may be before it is zero.
         """
-        sizes = {name: abs(to_numpy(latent.data)) for name, latent in self.latents.items()}
+        found = {name: abs(to_numpy(latent.data)) for name, latent in self.latents.items()}
         return {
-            name: LatentCount(z.size, int((z < threshold).sum()), int((z == 0).sum()))
-            for name, z in sizes.items()
+            name: LatentCount(z.size, int((z < self.threshold).sum()), int((z == 0).sum()))
+            for name, z in found.items()
         }
 
 
@@ -185,10 +195,15 @@ class LatentCount:
     zero: int
 
 
-def survivors(z: Array, threshold: float, floor: int) -> Array:
-    """The mask |z| >= min(threshold, the ``floor``-th largest |z|)."""
-    sizes = abs(z)
-    return sizes >= min(threshold, np.sort(sizes)[-floor])
+def survivors(z: np.ndarray, threshold: float, floor: int) -> np.ndarray:
+    """True where |z| >= threshold, and at the ``floor`` largest |z|; in a tie at the earlier ones.
+
+    The authors write |z| >= min(threshold, the ``floor``-th largest |z|), which keeps every channel
+    where that one is zero.
+    """
+    kept = abs(z) >= threshold
+    kept[np.argsort(-abs(z), kind="stable")[:floor]] = True
+    return kept
 
 
 def _makes_scores(layer: Weighted, group: ChannelGroup) -> bool:

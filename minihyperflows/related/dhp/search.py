@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 
 from minihyperflows.engine.backend import Array, xp_of
 from minihyperflows.nn import Parameter
@@ -40,7 +43,6 @@ class Search:
         lr: the learning rate, which may be changed between steps.
         momentum, weight_decay: of SGD.
         latent_decay: the weight decay of the latents; None: the same.
-        threshold: T; smaller latents count as pruned.
         stop_limit: the target counts as reached this much above it.
         check_every: steps between two looks at the multiplications. A large lambda needs a small
             number, or the search overshoots.
@@ -57,7 +59,6 @@ class Search:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     latent_decay: float | None = None
-    threshold: float = THRESHOLD
     stop_limit: float = 0.02
     check_every: int = 100
     proximal: Callable[[Array, float], Array] = soft_threshold
@@ -73,7 +74,7 @@ class Search:
             self.network.parameters(), self.lr, self.momentum, self.weight_decay
         )
         self.latent_optimizer = SGD(latents, self.lr, self.momentum, decay)
-        self.history = [(0, self.network.flops_ratio(self.threshold))]
+        self.history = [(0, self.network.flops_ratio())]
 
     @property
     def ratio(self) -> float:
@@ -91,11 +92,36 @@ class Search:
             optimizer.lr = self.lr
             optimizer.step()
         for name, latent in self.network.latents.items():
-            floor = self.network.floors[name]
-            proximal_step(latent, self.lr * self.l1, self.threshold, floor, self.proximal)
+            floor, tau = self.network.floors[name], self.lr * self.l1
+            proximal_step(latent, tau, self.network.threshold, floor, self.proximal)
         self.steps += 1
         if self.steps % self.check_every == 0:
-            self.history.append((self.steps, self.network.flops_ratio(self.threshold)))
+            self.history.append((self.steps, self.network.flops_ratio()))
+
+    def state_dict(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Everything that the next step depends on: arrays, and plain JSON values.
+
+        The network is in it, the settings are not.
+        """
+        arrays: dict[str, np.ndarray] = {}
+        for prefix, part in self._parts().items():
+            arrays |= {f"{prefix}.{name}": value for name, value in part.state_dict().items()}
+        return arrays, {"steps": self.steps, "history": self.history}
+
+    def load_state_dict(self, arrays: Mapping[str, np.ndarray], values: Mapping[str, Any]) -> None:
+        """Continue where the search whose :meth:`state_dict` this is stopped."""
+        for prefix, part in self._parts().items():
+            inside = {k: v for k, v in arrays.items() if k.startswith(f"{prefix}.")}
+            part.load_state_dict({k.removeprefix(f"{prefix}."): v for k, v in inside.items()})
+        self.steps = int(values["steps"])
+        self.history = [(int(step), float(ratio)) for step, ratio in values["history"]]
+
+    def _parts(self) -> dict[str, HyperNetwork | Optimizer]:
+        return {
+            "network": self.network,
+            "weights": self.weight_optimizer,
+            "latents": self.latent_optimizer,
+        }
 
 
 def proximal_step(
