@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -393,6 +394,19 @@ def test_weights_go_in_rounds(score: str, rng: np.random.Generator) -> None:
         assert not layer.weight.data[~before[name]].any()
     if score == "magnitude":
         assert loss < 0.7  # the chance of one in three is 1.1
+
+
+def test_removed_weights_do_not_come_back_before_negative_scores(rng: np.random.Generator) -> None:
+    """The largest first: what is removed has score 0, above all others."""
+    task = Digits(rng, convolutions=False)
+
+    def negative(net: nn.Module) -> dict[str, np.ndarray]:
+        scores = importance(net, task.x, task.labels, "magnitude")
+        return {name: -score for name, score in scores.items()}
+
+    kept = [p.keep for p in prune_weights(task.net, 0.8, 3, lambda net: None, negative)]
+    for before, after in pairwise(kept):
+        assert not any((after[name] & ~before[name]).any() for name in after)
 
 
 def test_some_layers_can_be_left_alone(rng: np.random.Generator) -> None:

@@ -170,6 +170,17 @@ def test_weight_decay_adds_to_loss_gradient_and_hessian(rng: np.random.Generator
     np.testing.assert_allclose(decayed.hessian_product(v), expected, atol=1e-13)
 
 
+@pytest.mark.parametrize("score", ["magnitude", "loss_preservation", "grasp"])
+def test_a_network_on_a_gpu_has_the_same_scores(score: str, gpu: str) -> None:
+    """In double precision, which the array library computes and no kernel of ours."""
+    net, data = Block(np.random.default_rng(1), np.float32), batch(np.random.default_rng(2))
+    expected = importance(net, *data, score)
+    net.to("cuda")
+    found = importance(net, *data, score)
+    assert worst_error(found, expected) < 1e-10
+    assert {p.device for p in net.named_tensors().values()} == {"cuda"}
+
+
 # -- what is left as it was ----------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import minihyperflows as mh
-from minihyperflows import flows, functional, lab, models, nn, optim, testing
+from minihyperflows import flows, functional, lab, models, nn, optim, related, testing
 
 PACKAGE = Path(mh.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -250,6 +250,7 @@ def test_the_public_contract() -> None:
             *("attach", "presences", "gate", "pressure", "density", "layer_density", "to_dense"),
             *("PressureScheduler", "FlowRecorder", "fit_power_law"),
         ],
+        related: ["importance", "hessian_gradient_product", "dhp"],
         lab: ["load", "train", "run"],
         testing: [
             *("assert_close", "numerical_gradient", "check_grad", "check_complex_step"),
@@ -262,6 +263,10 @@ def test_the_public_contract() -> None:
         assert not missing, f"{module.__name__} lost {missing}"
         undocumented = [name for name in wanted if not getattr(module, name).__doc__]
         assert not undocumented, f"{module.__name__}: {undocumented}"
+    arguments = ["net", "x", "labels", "score", "level", "temperature", "mode"]
+    assert list(inspect.signature(related.importance).parameters)[:7] == arguments
+    arguments = ["net", "x", "labels", "temperature"]
+    assert list(inspect.signature(related.hessian_gradient_product).parameters)[:4] == arguments
     parameters = inspect.signature(optim.SGD).parameters
     assert list(parameters) == ["params", "lr", "momentum", "weight_decay", "nesterov"]
     assert list(inspect.signature(optim.Adam).parameters) == [

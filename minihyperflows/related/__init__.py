@@ -3,7 +3,9 @@
 from minihyperflows.related import dhp
 from minihyperflows.related.channels import ChannelGroup, channel_groups
 from minihyperflows.related.derivatives import Landscape, gradient, hessian_gradient_product
+from minihyperflows.related.filters import remove_filters
 from minihyperflows.related.importance import SCORES, importance
+from minihyperflows.related.rounds import prune_filters, prune_weights
 
 __all__ = [
     "SCORES",
@@ -14,4 +16,7 @@ __all__ = [
     "gradient",
     "hessian_gradient_product",
     "importance",
+    "prune_filters",
+    "prune_weights",
+    "remove_filters",
 ]
