@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from minihyperflows import lab
+from minihyperflows.flows import PressureScheduler
 from minihyperflows.lab.records import read_records
 from minihyperflows.lab.studies import alternatives
 from minihyperflows.lab.studies.alternatives import (
@@ -18,6 +19,7 @@ from minihyperflows.lab.studies.alternatives import (
     learning_rate,
     paired_differences,
 )
+from minihyperflows.testing.pruners import check_pruner
 
 SHORT = {"dense.epochs": 1, "pruning.epochs": 3, "regrowth.epochs": 1, "presence.lr": 0.02}
 WEIGHTS = 50_200
@@ -107,6 +109,18 @@ def test_the_learning_rate_of_the_budget() -> None:
     assert rates[5:] == sorted(rates[5:], reverse=True)
     assert rates[10] == pytest.approx(1e-5 + 0.99e-3 / 2)  # 5 of 10 epochs into the cosine
     assert rates[14] > 1e-5
+
+
+def test_the_planned_pace_is_that_of_the_scheduler() -> None:
+    scheduler = PressureScheduler(0.98, 40)
+    for period in (1, 10, 25, 40):
+        planned = alternatives.planned_sparsity(period / 40, 0.98)
+        assert planned == pytest.approx(1 - scheduler.expected(period))
+    between = alternatives.planned_sparsity(0.5 / 40, 0.98)
+    assert between == pytest.approx((1 - scheduler.expected(1)) / 2)
+    for make in (alternatives.PlannedGradual, alternatives.PlannedMovement):
+        check_pruner(make, sparsity=0.9, steps=200)
+        assert make(0.98).schedule(0.25) == alternatives.planned_sparsity(0.25, 0.98)
 
 
 def test_hyperflows_learns_at_the_same_rates() -> None:

@@ -261,7 +261,7 @@ class Scheduled(Pruner):
     """Every so many steps, keep as many weights as a schedule allows; how they are ranked is for
     the subclass to say.
 
-    The sparsity follows :func:`cubic_sparsity` from the fraction ``begin`` of the training to the
+    The sparsity follows :meth:`schedule` from the fraction ``begin`` of the training to the
     fraction ``end``; from there on the mask stays as it is.
     """
 
@@ -275,10 +275,14 @@ class Scheduled(Pruner):
         """A score for each weight, an array for each mask; the highest stay."""
         raise NotImplementedError
 
+    def schedule(self, progress: float) -> float:
+        """The sparsity when the fraction ``progress`` of the time from begin to end is over."""
+        return cubic_sparsity(progress, self.sparsity)
+
     def after_step(self, step: int) -> None:
         first, last = round(self.begin * self.steps), round(self.end * self.steps)
         if first < step < last and step % self.every == 0:
-            reached = cubic_sparsity((step - first) / (last - first), self.sparsity)
+            reached = self.schedule((step - first) / (last - first))
             self.keep_largest(self.scores(), kept_weights(reached, self.total))
         elif step == last:
             self.keep_largest(self.scores(), self.kept)

@@ -15,6 +15,9 @@ the last epoch.
     hyperflows           8 epochs under pressure, 2 of regrowth, landing on the target
     rigl                 15 epochs, rewired in the first three quarters
     dense                no pruning: the same 10 epochs with all weights
+    gradual-planned, movement-planned
+                         as gradual and movement, at the pace of Hyperflows: the density follows the
+                         trajectory of the pressure scheduler in place of the cubic schedule
 
 The methods are those of :mod:`minihyperflows.related.pruners` with its defaults. Hyperflows is the
 recipe ``lenet300-mnist``, whose 40 epochs under pressure have become 8. So it is steered five times
@@ -41,6 +44,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -52,7 +56,7 @@ from minihyperflows import functional as F
 from minihyperflows.engine import Tensor
 from minihyperflows.flows.gate import gated_layers, is_present
 from minihyperflows.flows.law import student_t_quantile
-from minihyperflows.flows.scheduler import cosine
+from minihyperflows.flows.scheduler import cosine, density_trajectory
 from minihyperflows.flows.stages import PRUNING, kept_weights
 from minihyperflows.lab.checkpoint import write_atomically
 from minihyperflows.lab.data import Dataset, load, normalise
@@ -77,6 +81,34 @@ MODULE = "minihyperflows.lab.studies.alternatives"
 SPARSITIES = (0.9, 0.95, 0.98, 0.99, 0.995)
 START_LR, END_LR = 1e-3, 1e-5
 HYPERFLOWS, DENSE_CONTROL, RIGL = "hyperflows", "dense", "rigl"
+PERIODS = 40  # in which Hyperflows is steered
+
+
+def planned_sparsity(progress: float, sparsity: float) -> float:
+    """What the pressure scheduler expects when the fraction ``progress`` of its time is over."""
+    return 1 - float(np.interp(progress * PERIODS, range(PERIODS + 1), trajectory(1 - sparsity)))
+
+
+@cache
+def trajectory(density: float) -> np.ndarray:
+    """The densities that the scheduler expects at the ends of its periods, from 0 on."""
+    return density_trajectory(density, PERIODS)
+
+
+class PlannedGradual(Gradual):
+    """Gradual magnitude pruning at the pace of Hyperflows."""
+
+    def schedule(self, progress: float) -> float:
+        return planned_sparsity(progress, self.sparsity)
+
+
+class PlannedMovement(Movement):
+    """Movement pruning at the pace of Hyperflows."""
+
+    def schedule(self, progress: float) -> float:
+        return planned_sparsity(progress, self.sparsity)
+
+
 PRUNERS: dict[str, Callable[[float], Pruner]] = {
     "random": Random,
     "magnitude": Magnitude,
@@ -84,6 +116,8 @@ PRUNERS: dict[str, Callable[[float], Pruner]] = {
     "gradual": Gradual,
     "movement": Movement,
     RIGL: RigL,
+    "gradual-planned": PlannedGradual,
+    "movement-planned": PlannedMovement,
 }
 METHODS = (HYPERFLOWS, *PRUNERS, DENSE_CONTROL)
 
