@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import itertools
+import shutil
 from pathlib import Path
 
 import pytest
 
 from minihyperflows import lab
+from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.records import read_records
 from minihyperflows.lab.runs import RunFolder
 from minihyperflows.lab.studies import convergence
@@ -62,6 +64,16 @@ def test_the_flux_is_the_mean_over_present_weights(run: Path, tmp_path: Path) ->
     fluxes = [float(row["flux_present"]) for row in layers]
     mean = sum(f * n for f, n in zip(fluxes, present, strict=True)) / sum(present)
     assert rows[0]["flux"] == pytest.approx(mean)
+
+
+def test_an_unfinished_run_is_taken_as_far_as_it_came(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    shutil.copy(RunFolder(run).checkpoint, RunFolder(tmp_path / "run").checkpoint)
+    with pytest.raises(UserError, match="no finished run"):
+        list(convergence.course(tmp_path / "run"))
+    assert list(convergence.course(tmp_path / "run", unfinished=True)) == list(
+        convergence.course(run)
+    )
 
 
 def test_an_unfinished_run_is_a_users_error(

@@ -8,6 +8,9 @@ ten and then ever fewer, for all folders of a sweep. Columns: what tells the run
 and ``test_accuracy`` after it; ``flips`` and ``regrowths``, summed over the epochs since the row
 before; ``flux``, the mean of |flux| over the present weights in this epoch. Where the runs come
 from (commit, versions, commands) is in the table that ``minihyperflows collect`` makes of them.
+
+With ``--unfinished`` also runs that have not come to their end, as far as they have come;
+``epochs`` is the length they are to have.
 """
 
 from __future__ import annotations
@@ -37,15 +40,16 @@ def kept_epochs(epochs: int, every: int = 10, a_factor_ten: int = 16) -> list[in
     return sorted({*range(1, min(every, epochs) + 1), *map(round, later), epochs})
 
 
-def course(folder: Path) -> Iterator[Row]:
-    """The rows of the finished run in ``folder``.
+def course(folder: Path, unfinished: bool = False) -> Iterator[Row]:
+    """The rows of the finished run in ``folder``; with ``unfinished`` those of its last checkpoint.
 
     Raises:
         UserError: there is none.
     """
-    if not RunFolder(folder).summary.exists():
+    files = RunFolder(folder)
+    if not (files.summary.exists() or (unfinished and files.checkpoint.exists())):
         raise UserError(f"{folder} holds no finished run (it has no summary.json)")
-    arrays, values = load_checkpoint(RunFolder(folder).checkpoint)
+    arrays, values = load_checkpoint(files.checkpoint)
     head = _head(Recipe.from_json(values["recipe"])) | {"seed": values["seed"]}
     records, flips, regrowths = values["records"], 0, 0
     kept = set(kept_epochs(len(records)))
@@ -88,9 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--unfinished", action="store_true", help="take unfinished runs too")
     options = parser.parse_args(arguments)
     try:
-        rows = [row for folder in options.runs for row in course(folder)]
+        rows = [row for folder in options.runs for row in course(folder, options.unfinished)]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
