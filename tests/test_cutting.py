@@ -136,3 +136,12 @@ def test_widths_from_scratch_are_initialised_for_their_fan_in() -> None:
         assert found.dtype == expected.dtype
         if found.size > 100:  # a few hundred uniform draws come near to their bound
             assert abs(found.data).max() == pytest.approx(abs(expected.data).max(), rel=0.02), name
+
+
+def test_initial_biases_are_scaled_with_the_weights() -> None:
+    """PyTorch's initial biases have the weights' bound, 1 / sqrt(fan-in), of the inputs left."""
+    net = models.lenet300(rng=np.random.default_rng(0))
+    set_widths(net, (28, 28, 1), {"fc1": 75})
+    for parameter in (net.fc2.weight, net.fc2.bias):
+        assert parameter is not None
+        assert abs(parameter.data).max() == pytest.approx(75**-0.5, rel=0.05)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from minihyperflows.engine.backend import to_device
+from minihyperflows.engine.backend import to_device, to_numpy
 from minihyperflows.nn import Buffer, Conv2d, Module, Parameter, Weighted
 from minihyperflows.nn.init import fan_in
 from minihyperflows.related.channels import ChannelGroup, channel_groups
@@ -84,8 +84,8 @@ def _check(group: ChannelGroup, mask: np.ndarray) -> None:
 
 
 def _keep(tensor: Parameter | Buffer, mask: np.ndarray, axis: int) -> None:
-    index = to_device(np.flatnonzero(mask), tensor.device)
-    tensor.data = tensor.data.take(index, axis=axis)
+    kept = to_numpy(tensor.data).compress(mask, axis=axis)
+    tensor.data = to_device(kept, tensor.device)
 
 
 def _keep_outputs(layer: Any, mask: np.ndarray) -> None:
