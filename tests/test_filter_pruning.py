@@ -135,7 +135,7 @@ def network(name: str, rng: np.random.Generator) -> tuple[nn.Module, tuple[int, 
         layers = (nn.Conv2d(3, 6, 3, **options), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
         return nn.Sequential(*layers, nn.Linear(6 * 9, 8, **options), nn.ReLU()), (8, 8, 3)
     if name == "resnet50":
-        return models.resnet50(width=0.0625, stem_stride=4, **options), IMAGE
+        return models.resnet50(width=0.0625, stem_stride=2, **options), (16, 16, 3)
     width = 0.0625 if name == "mobilenet_v1" else 0.125
     return getattr(models, name)(width=width, **options), IMAGE
 

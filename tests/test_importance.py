@@ -95,6 +95,8 @@ def twins(name: str, rng: np.random.Generator) -> tuple[nn.Module, Any, tuple[in
 def double_backward(net: nn.Module, twin: Any, x: np.ndarray, labels: np.ndarray, mode: str) -> Any:
     """H g of PyTorch's twin with the same weights, in our layout."""
     torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     twin.double().train(mode == "train")
     twin.load_state_dict({k: torch.from_numpy(v) for k, v in net.state_dict().items()})
     images = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
@@ -105,6 +107,7 @@ def double_backward(net: nn.Module, twin: Any, x: np.ndarray, labels: np.ndarray
     gradients = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
     inner = sum((g * g.detach()).sum() for g in gradients)
     products = torch.autograd.grad(inner, list(parameters.values()))
+    torch.set_num_threads(threads)
     arrays = {k: p.numpy() for k, p in zip(parameters, products, strict=True)}
     return {k: a.transpose(0, 2, 3, 1) if a.ndim == 4 else a for k, a in arrays.items()}
 

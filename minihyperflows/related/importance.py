@@ -179,7 +179,8 @@ def importance(
         batch_size: how many images at once; see :class:`Landscape` on what that means for batch
             norm in training mode.
         initial: the weights theta_0 of the beginning by name, for "distance", and for the second
-            form of "biased_loss_preservation".
+            form of "biased_loss_preservation". Where filters have been removed, those of the same
+            filters: the parameters of the initial network after the same ``remove_filters``.
         rng: for "random".
         dtype: float64, or float32 where half the time matters more than the last digits of Hg.
 
