@@ -21,6 +21,7 @@ from minihyperflows.related.dhp import (
     generated,
     layer_costs,
     macs,
+    reestimate_norms,
     survivors,
     widths_at,
 )
@@ -366,6 +367,27 @@ def test_without_biases_channels_with_latent_zero_can_go(name: str) -> None:
         assert network.flops_ratio() < 0.75
         difference = abs(net.train()(x).data - full).max() / abs(full).max()
         assert (difference < 1e-9) is not bias
+
+
+def test_reestimated_statistics_are_the_means_over_the_batches() -> None:
+    net = generated(hyper_network("resnet20", dtype=np.float64))
+    rng = np.random.default_rng(1)
+    batches = [Tensor(rng.standard_normal((4, *IMAGE))) for _ in range(3)]
+    norm = dict(net.named_modules())["layer1.0.bn1"]
+    assert isinstance(norm, nn.BatchNorm2d)
+    alone = []
+    for x in batches:
+        reestimate_norms(net, [x])
+        alone.append((norm.running_mean.data.copy(), norm.running_var.data.copy()))
+    net.eval()
+    weights = net.named_parameters()["conv1.weight"].data.copy()
+    reestimate_norms(net, batches)
+    mean, variance = np.mean(alone, axis=0)
+    np.testing.assert_allclose(norm.running_mean.data, mean, rtol=1e-12)
+    np.testing.assert_allclose(norm.running_var.data, variance, rtol=1e-12)
+    assert norm.momentum == 0.1
+    assert not norm.training
+    np.testing.assert_array_equal(net.named_parameters()["conv1.weight"].data, weights)
 
 
 # -- PyTorch ---------------------------------------------------------------------------------------

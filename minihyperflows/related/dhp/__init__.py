@@ -21,7 +21,7 @@ ECCV 2020, arXiv 2003.13683, and the authors' code. Chapter 16.
 """
 
 from minihyperflows.related.dhp.cost import LayerCost, layer_costs, macs, widths_at
-from minihyperflows.related.dhp.extract import extract, generated
+from minihyperflows.related.dhp.extract import extract, generated, reestimate_norms
 from minihyperflows.related.dhp.layers import HyperLayer
 from minihyperflows.related.dhp.network import HyperNetwork, LatentCount, survivors
 from minihyperflows.related.dhp.search import Search, proximal_step
@@ -39,6 +39,7 @@ __all__ = [
     "layer_costs",
     "macs",
     "proximal_step",
+    "reestimate_norms",
     "shrink_norm",
     "soft_threshold",
     "survivors",

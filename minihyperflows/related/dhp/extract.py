@@ -1,14 +1,15 @@
-"""From a searched network to an ordinary, narrower one."""
+"""From a searched network to an ordinary, narrower one, and its batch norm's statistics."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from minihyperflows.engine.graph import no_grad
-from minihyperflows.nn import Module, Weighted
+from minihyperflows.engine.tensor import Tensor
+from minihyperflows.nn import BatchNorm2d, Module, Weighted
 from minihyperflows.related.cutting import cut
 from minihyperflows.related.dhp.network import REPLACED, HyperNetwork
 
@@ -30,6 +31,25 @@ def extract(network: HyperNetwork, keep: Mapping[str, np.ndarray] | None = None)
     net = generated(network)
     cut(net, network.groups, network.kept() if keep is None else keep)
     return net
+
+
+def reestimate_norms(net: Module, batches: Iterable[Tensor]) -> None:
+    """Make running statistics the means of the statistics of ``batches``, in place.
+
+    Those of a network that was just cut are what its layers received before. No weight changes, so
+    this tells how much of the function gap is a matter of statistics.
+    """
+    norms = [m for _, m in net.named_modules() if isinstance(m, BatchNorm2d)]
+    momenta, was_training = [norm.momentum for norm in norms], net.training
+    net.train()
+    with no_grad():
+        for k, x in enumerate(batches, start=1):
+            for norm in norms:
+                norm.momentum = 1 / k  # a running mean over all batches so far
+            net(x)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    net.train(was_training)
 
 
 def generated(network: HyperNetwork) -> Module:

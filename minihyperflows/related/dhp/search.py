@@ -31,8 +31,8 @@ class Search:
     latents included, and after it, outside the momentum, :func:`proximal_step` for every latent. No
     mask is applied to the network during the search. Source: the authors' code; the defaults are
     those of its CIFAR-10 scripts, where lambda is 2e-4 for ResNet-20, 3e-4 for ResNet-56 and 1e-4
-    for ResNet-110 and -164, for 20 to 50 epochs of 781 steps. For another number of steps
-    :meth:`~minihyperflows.related.dhp.shrinkage.FreeShrinkage.losing` says what to try.
+    for ResNet-110 and -164, with 781 steps in an epoch and 100 epochs at most. For a search of a
+    given length :meth:`~minihyperflows.related.dhp.FreeShrinkage.losing` says what to try.
 
     The search ends where the caller ends it: look at the ``ratio`` that it has reached.
 
