@@ -21,6 +21,8 @@ from minihyperflows.engine import conv, norm, ops, pooling
 from minihyperflows.engine.graph import Function
 from minihyperflows.flows.gate import Gate, GatedWeight
 from minihyperflows.flows.pressure import MeanPresence
+from minihyperflows.nn import Parameter
+from minihyperflows.related.pruners import Mask, MaskedWeight
 from minihyperflows.testing.problem import keep_away
 
 
@@ -51,6 +53,14 @@ class Row:
 POSITIVE = np.linspace(0.5, 2.0, 6).reshape(2, 3)
 AWAY_FROM_ZERO = np.array([[-1.5, 0.7, 2.0], [1.1, -0.6, 0.9]])
 LABELS = np.array([2, 0, 1, 2])
+
+
+def masked_weight() -> MaskedWeight:
+    """With some weights removed."""
+    mask = Mask(Parameter(np.ones((2, 3))))
+    mask.present = np.array([[True, False, True], [False, False, True]])
+    return MaskedWeight(mask)
+
 
 ROWS = [
     Row(ops.Add, ((2, 3), (2, 3))),
@@ -126,6 +136,7 @@ ROWS = [
     Row(lambda: norm.BatchNorm(relu=True), ((8, 3), (3,), (3,), (8, 3))),
     Row(MeanPresence, ((2, 3), (4,))),
     Row(lambda: MeanPresence(floor=0.0), ((5, 6), (4,)), away_from=0.0),
+    Row(masked_weight, ((2, 3),)),
 ]
 
 # Steps have no derivative to compare with: these declare one, and are tested against it.
