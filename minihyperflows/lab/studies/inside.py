@@ -506,19 +506,25 @@ def _line(values: np.ndarray) -> str:
 
 
 def overlap_rows(study: Study) -> Iterator[Row]:
-    """``inside-overlap.csv``: the final masks of all prunings to 98 %, two and two, and with the
-    largest weights of their dense network; for four seeds of dense network 0 also each epoch."""
+    """``inside-overlap.csv``: the final masks of the prunings to 98 % that begin with the same
+    network, two and two, and with its largest weights; of the first run from each network, with
+    those of the others; for the seeds of dense network 0 also each epoch."""
     runs = [run for run in study.finished(Pruning) if run.target == 0.98]
     masks = {run.name: study.masks(run) for run in runs}
     begin = {run.name: run for run in runs}
     for run in {run.begin: run for run in runs if run.trained}.values():
         masks[f"largest{run.dense}"] = study.largest(run, int(joined(masks[run.name]).sum()))
         begin[f"largest{run.dense}"] = run
+    largest = set(masks) - {run.name for run in runs}
     for a, b in itertools.combinations(masks, 2):
+        same = begin[a].begin == begin[b].begin
+        if not same and (
+            {a, b} & largest or any(begin[n].order or begin[n].presence for n in (a, b))
+        ):
+            continue
         pixels = [masks[name]["fc1"].sum(axis=0) for name in (a, b)]
         with np.errstate(invalid="ignore", divide="ignore"):
             correlation = float(np.corrcoef(*pixels)[0, 1])
-        same = begin[a].begin == begin[b].begin
         weights = study.weights(begin[a]) if same else None
         for row in overlap(masks[a], masks[b], weights):
             yield {"a": a, "b": b, "epoch": "last", "pixel_correlation": correlation} | row
