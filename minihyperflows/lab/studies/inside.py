@@ -21,8 +21,9 @@ been empty through a whole level of pressure.
   by the pixel they read: constant in the training set, rare (above its smallest value in less than
   1 % of the images), other. ``magnitude1`` to ``3``: what the same number of weights would be by
   layer if they were the largest of the dense network;
-* in ``inside-pixels.csv`` for each run: the present weights of fc1 by pixel, 784 numbers in order;
-  also the pixels' mean and standard deviation (of 255), and the largest weights of dense network 0;
+* in ``inside-pixels.csv`` for each run to 98 % whose order and t have the same seed: the present
+  weights of fc1 by pixel, 784 numbers in order; also the pixels' mean and standard deviation (of
+  255), and as many of the largest weights of dense network 0;
 * in ``inside-overlap.csv`` for two masks, the present weights of each, their intersection, and what
   chance expects it to be if it places the weights anywhere (``uniform``), in the same layers
   (``layers``), at the same pixels (``pixels``; the other layers as before), at the same inputs and
@@ -492,12 +493,12 @@ def pixel_rows(study: Study) -> Iterator[Row]:
     x = study.data.train_x.reshape(len(study.data.train_x), -1).astype(np.float64)
     yield {"what": "mean", "by_pixel": _line(x.mean(axis=0))}
     yield {"what": "deviation", "by_pixel": _line(x.std(axis=0))}
-    for run in study.finished(Pruning):
+    runs = [run for run in study.finished(Pruning) if run.target == 0.98]
+    for run in (run for run in runs if run.order == run.presence):
         yield {"what": run.name, "by_pixel": _line(study.masks(run)["fc1"].sum(axis=0))}
-    first = [run for run in study.finished(Pruning) if run.begin == "dense0"]
-    number = {int(joined(study.masks(run)).sum()) for run in first}
-    for present in sorted(number, reverse=True):
-        largest = study.largest(first[0], present)["fc1"].sum(axis=0)
+    for run in [run for run in runs if run.begin == "dense0"][:1]:
+        present = int(joined(study.masks(run)).sum())
+        largest = study.largest(run, present)["fc1"].sum(axis=0)
         yield {"what": f"largest0-{present}", "by_pixel": _line(largest)}
 
 
