@@ -255,7 +255,7 @@ def test_the_public_contract() -> None:
         testing: [
             *("assert_close", "numerical_gradient", "check_grad", "check_complex_step"),
             *("check_function", "check_module", "check_surrogate", "check_optimizer"),
-            "check_scheduler",
+            *("check_scheduler", "check_pruner"),
         ],
     }
     for module, wanted in names.items():

@@ -16,6 +16,7 @@ from minihyperflows.testing.compare import assert_close
 from minihyperflows.testing.functions import check_function, check_module
 from minihyperflows.testing.gradients import check_complex_step, check_grad, numerical_gradient
 from minihyperflows.testing.optimizers import check_optimizer
+from minihyperflows.testing.pruners import check_pruner
 from minihyperflows.testing.pruning import check_scheduler, check_surrogate
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "check_grad",
     "check_module",
     "check_optimizer",
+    "check_pruner",
     "check_scheduler",
     "check_surrogate",
     "numerical_gradient",
