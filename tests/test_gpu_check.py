@@ -22,6 +22,7 @@ from minihyperflows.lab.emulator import emulated_gpu
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.gpu_bench import GpuBenchSettings
 from minihyperflows.lab.gpu_correctness import SMALL, Check, Size, check_bits, check_steps
+from minihyperflows.related.pruners import MaskedWeight
 
 needs_torch = pytest.mark.skipif(
     not contenders.torch_available(), reason="PyTorch is not installed"
@@ -52,7 +53,7 @@ def test_operations_are_right(emulator):
 
 
 def test_every_operation_has_a_case():
-    abstract = {ops.Elementwise, ops.Reduction, pooling.Pool2d}
+    abstract = {ops.Elementwise, ops.Reduction, pooling.Pool2d, MaskedWeight}  # or for the CPU only
     known = {type(case.factory(np)) for case in gpu_correctness.CASES}
     for info in pkgutil.walk_packages(mh.__path__, "minihyperflows."):
         if ".lab" in info.name or info.name.endswith("__main__"):

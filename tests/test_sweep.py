@@ -331,7 +331,7 @@ def test_a_run_that_kills_three_workers_is_reported_and_the_rest_goes_on(tmp_pat
 
 def start_sweep(out):
     """A sweep as a process, in a process group of its own with its workers."""
-    fields = ["--set", "dense.epochs=1", "--set", "pruning.epochs=8"]
+    fields = ["--set", "dense.epochs=1", "--set", "pruning.epochs=24"]
     command = ["sweep", "lenet300-digits", *fields, "--gammas", "1,256", "--workers", "1"]
     return subprocess.Popen(
         [sys.executable, "-m", "minihyperflows", *command, "--out", str(out)],
@@ -378,7 +378,7 @@ def test_a_sweep_that_is_killed_or_interrupted_continues(tmp_path):
     sweeping = start_sweep(out)
     printed, errors = sweeping.communicate()
     assert sweeping.returncode == 0, errors
-    assert "2 runs of 9 epochs, 1 of them finished already; on 1 local worker" in printed
+    assert "2 runs of 25 epochs, 1 of them finished already; on 1 local worker" in printed
     assert len(read_records(out / "sweep.csv")) == 2
 
 
