@@ -10,12 +10,12 @@ import pytest
 
 from minihyperflows import lab
 from minihyperflows.flows import PressureScheduler
+from minihyperflows.flows.law import mean_half_width
 from minihyperflows.lab.records import read_records
 from minihyperflows.lab.studies import alternatives
 from minihyperflows.lab.studies.alternatives import (
     METHODS,
     RECIPES,
-    half_width,
     learning_rate,
     paired_differences,
 )
@@ -184,5 +184,5 @@ def test_only_seeds_that_both_have_are_compared() -> None:
 
 def test_the_interval_covers_the_mean_as_often_as_it_says(rng: np.random.Generator) -> None:
     samples = rng.standard_normal((2000, 5))
-    covered = np.mean([abs(s.mean()) <= half_width(list(s)) for s in samples])
+    covered = np.mean([abs(s.mean()) <= mean_half_width(list(s)) for s in samples])
     assert covered == pytest.approx(0.95, abs=0.02)

@@ -379,6 +379,15 @@ def lack_of_fit(fit: Fit, gamma: Any, density: Any) -> LackOfFit:
 # -- Student's t ---------------------------------------------------------------------------------
 
 
+def mean_half_width(values: Any) -> float:
+    """Of the 95 % interval of a mean: t_{0.975, n-1} s / sqrt(n). NaN for a single value."""
+    n = len(values)
+    if n < 2:
+        return math.nan
+    quantile = student_t_quantile((1 + CONFIDENCE) / 2, n - 1)
+    return quantile * float(np.std(values, ddof=1)) / math.sqrt(n)
+
+
 def student_t_quantile(probability: float, freedom: int) -> float:
     """The t that Student's distribution with ``freedom`` degrees of freedom stays below.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from minihyperflows.engine.backend import Array, xp_of
 from minihyperflows.flows.gate import count_present, is_present, presences
 from minihyperflows.nn import Module
+from minihyperflows.nn.counting import kept_weights
 
 DENSE, PRUNING, REGROWTH = STAGES = ("dense", "pruning", "regrowth")
 
@@ -69,11 +70,6 @@ def land(net: Module, target_density: float) -> int:
     if change:
         _move_threshold(parameters, change)
     return change
-
-
-def kept_weights(target_density: float, total: int) -> int:
-    """How many of ``total`` weights a density leaves: the largest whole number not above it."""
-    return int(target_density * total + 1e-6)  # 0.02 * 50200 is 1003.9999999999999
 
 
 def _move_threshold(arrays: list[Array], change: int) -> None:

@@ -12,7 +12,6 @@ from minihyperflows.lab.checkpoint import read_json, write_atomically
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import Recipe
 
-SETTINGS = ("gamma", "floor", "presence_optimizer", "presence_lr", "epochs")
 RESULTS = (
     "target_sparsity",
     "sparsity",
@@ -41,12 +40,7 @@ def collect(folders: Sequence[Path], out: Path) -> int:
         UserError: a folder holds no finished run.
     """
     rows = [_row(folder) for folder in folders]
-    text = io.StringIO(newline="")
-    names = dict.fromkeys(name for row in rows for name in row)  # those of all rows, in order
-    writer = csv.DictWriter(text, list(names), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(out, text.getvalue().encode("utf-8"))
+    write_records(out, rows)
     return len(rows)
 
 
@@ -57,16 +51,38 @@ def _row(folder: Path) -> dict[str, Any]:
     summary = read_json(summary_file)
     recipe = Recipe.from_json(summary["recipe"])
     head = {"recipe": recipe.name, "dataset": recipe.dataset, "seed": summary["seed"]}
-    settings = dict(zip(SETTINGS, _settings(recipe), strict=True))
     density = {"density": summary["remaining"] / summary["weights"]}
     body = {name: summary[name] for name in (*RESULTS, *PROVENANCE)}
-    return head | settings | density | body | summary["versions"]
+    return head | settings(recipe) | density | body | summary["versions"]
 
 
-def _settings(recipe: Recipe) -> tuple[Any, ...]:
-    pressure, presence = recipe.pressure, recipe.presence
-    epochs = recipe.timeline.epochs
-    return pressure.gamma, pressure.floor, presence.optimizer, presence.lr, epochs
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """What tells the runs of a sweep and of its variants apart, beside the seed."""
+    return {
+        "gamma": recipe.pressure.gamma,
+        "floor": recipe.pressure.floor,
+        "presence_optimizer": recipe.presence.optimizer,
+        "presence_lr": recipe.presence.lr,
+        "epochs": recipe.timeline.epochs,
+    }
+
+
+def write_records(path: Path, rows: Sequence[dict[str, Any]], digits: int | None = None) -> None:
+    """Replace the CSV file ``path`` by one with these rows.
+
+    It has the columns of all rows, in the order in which they come up. ``digits``: how many of a
+    float's to write; None: all.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: _rounded(v, digits) for k, v in row.items()} for row in rows)
+    write_atomically(path, text.getvalue().encode("utf-8"))
+
+
+def _rounded(value: Any, digits: int | None) -> Any:
+    return f"{value:.{digits}g}" if digits and isinstance(value, float) else value
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -466,6 +466,13 @@ def gpu_versions() -> dict[str, str]:
     }
 
 
+def provenance(dtype: str, command: str) -> dict[str, Any]:
+    """Where a row of a study's table, measured on the CPU, comes from; ``command`` repeats it."""
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    head = {"device": "cpu", "dtype": dtype, "date": date, "commit": commit()}
+    return head | {"command": command, **versions()}
+
+
 def commit() -> str | None:
     """The commit of the source tree that this package runs from; None if it is installed."""
     here = Path(__file__).resolve().parent

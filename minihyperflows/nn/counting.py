@@ -69,3 +69,8 @@ def weight_behind(function: Function) -> Tensor:
 def _operations(function: Function) -> int:
     per_output = int(np.prod(weight_behind(function).shape[1:]))
     return int(np.prod(function.output_shape)) * (2 * per_output - 1)
+
+
+def kept_weights(density: float, total: int) -> int:
+    """How many of ``total`` weights a density leaves: the largest whole number not above it."""
+    return int(density * total + 1e-6)  # 0.02 * 50200 is 1003.9999999999999

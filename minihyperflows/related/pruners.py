@@ -31,7 +31,7 @@ import numpy as np
 
 from minihyperflows.engine.graph import Function
 from minihyperflows.engine.tensor import Tensor, apply
-from minihyperflows.nn import Module, Parameter, Weighted
+from minihyperflows.nn import Module, Parameter, Weighted, counting
 from minihyperflows.nn.optim import Optimizer
 
 # -- masks ---------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ class Pruner:
 
 def kept_weights(sparsity: float, total: int) -> int:
     """How many of ``total`` weights a sparsity leaves: rounded down."""
-    return int((1 - sparsity) * total + 1e-6)  # 0.02 * 50200 is 1003.9999999999999
+    return counting.kept_weights(1 - sparsity, total)
 
 
 def largest(values: np.ndarray, count: int) -> np.ndarray:

@@ -38,12 +38,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
-import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -55,18 +53,18 @@ from minihyperflows import flows, optim
 from minihyperflows import functional as F
 from minihyperflows.engine import Tensor
 from minihyperflows.flows.gate import gated_layers, is_present
-from minihyperflows.flows.law import student_t_quantile
+from minihyperflows.flows.law import mean_half_width
 from minihyperflows.flows.scheduler import cosine, density_trajectory
-from minihyperflows.flows.stages import PRUNING, kept_weights
+from minihyperflows.flows.stages import PRUNING
 from minihyperflows.lab.checkpoint import write_atomically
 from minihyperflows.lab.data import Dataset, load, normalise
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import Recipe, find
-from minihyperflows.lab.records import read_records
-from minihyperflows.lab.runs import commit, versions
-from minihyperflows.lab.studies.targets import write_table
+from minihyperflows.lab.records import read_records, write_records
+from minihyperflows.lab.runs import provenance
 from minihyperflows.lab.train import Trainer, build_network, evaluate
 from minihyperflows.nn import Module
+from minihyperflows.nn.counting import kept_weights
 from minihyperflows.related.pruners import (
     Gradual,
     Iterative,
@@ -315,21 +313,13 @@ def paired_differences(rows: Sequence[Row], reference: str = HYPERFLOWS) -> list
                 if name == method and s == sparsity and (reference, s, seed) in accuracy
             ]
             if differences:
-                spread = half_width(differences)
+                spread = mean_half_width(differences)
                 mean = statistics.mean(differences)
                 size = len(differences)
                 result.append(
                     Difference(method, sparsity, size, mean, mean - spread, mean + spread)
                 )
     return result
-
-
-def half_width(values: Sequence[float]) -> float:
-    """Of the 95 % interval of a mean: t_{0.975, n-1} s / sqrt(n). NaN for one value."""
-    n = len(values)
-    if n < 2:
-        return math.nan
-    return student_t_quantile(0.975, n - 1) * statistics.stdev(values) / math.sqrt(n)
 
 
 def join(files: Sequence[Path], out: Path) -> list[Row]:
@@ -342,7 +332,7 @@ def join(files: Sequence[Path], out: Path) -> list[Row]:
     rows = sorted(runs.values(), key=lambda r: (r["target_sparsity"], r["method"], r["seed"]))
     if not rows:
         raise UserError("these files hold no run")
-    write_table(out, rows)
+    write_records(out, rows)
     return rows
 
 
@@ -410,8 +400,8 @@ def run_study(
         outcome = run(method, recipe, data, dense, sparsity, seed)
         result = row(method, recipe, data, outcome, sparsity, seed)
         result |= {"dense_accuracy": accuracy, "seconds": time.perf_counter() - started}
-        rows.append(result | provenance(recipe, method, sparsity, seed))
-        write_table(out, rows)
+        rows.append(result | source(recipe, method, sparsity, seed))
+        write_records(out, rows)
         if folder is not None:
             packed = {name: np.packbits(mask) for name, mask in outcome.present.items()}
             save_arrays(folder / f"{recipe.name}-{method}-{sparsity:g}-{seed}.npz", packed)
@@ -422,16 +412,14 @@ def _identity(row: Row) -> tuple[Any, ...]:
     return row["recipe"], row["method"], row["target_sparsity"], row["seed"]
 
 
-def provenance(recipe: Recipe, method: str, sparsity: float, seed: int) -> Row:
+def source(recipe: Recipe, method: str, sparsity: float, seed: int) -> Row:
     """Where a row comes from; the command repeats it."""
     place = "--data-dir DIR " if recipe.dataset != "digits" else ""
     command = (
         f"python -m {MODULE} --recipe {recipe.name} --methods {method} --sparsities {sparsity:g} "
         f"--seeds {seed} {place}--out FILE"
     )
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    head = {"device": "cpu", "dtype": recipe.dtype, "date": date, "commit": commit()}
-    return head | {"command": command, **versions()}
+    return provenance(recipe.dtype, command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -26,8 +26,8 @@ import numpy as np
 from minihyperflows.lab.checkpoint import load_checkpoint
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import Recipe
+from minihyperflows.lab.records import settings, write_records
 from minihyperflows.lab.runs import RunFolder
-from minihyperflows.lab.studies.removal import write
 
 Row: TypeAlias = dict[str, Any]
 MODULE = "minihyperflows.lab.studies.convergence"
@@ -50,7 +50,7 @@ def course(folder: Path, unfinished: bool = False) -> Iterator[Row]:
     if not (files.summary.exists() or (unfinished and files.checkpoint.exists())):
         raise UserError(f"{folder} holds no finished run (it has no summary.json)")
     arrays, values = load_checkpoint(files.checkpoint)
-    head = _head(Recipe.from_json(values["recipe"])) | {"seed": values["seed"]}
+    head = settings(Recipe.from_json(values["recipe"])) | {"seed": values["seed"]}
     records, flips, regrowths = values["records"], 0, 0
     kept = set(kept_epochs(len(records)))
     for record in records:
@@ -67,17 +67,6 @@ def course(folder: Path, unfinished: bool = False) -> Iterator[Row]:
                 "flux": _mean_flux(layers, arrays),
             }
             flips = regrowths = 0
-
-
-def _head(recipe: Recipe) -> Row:
-    """What tells the runs of a sweep and its variants apart."""
-    return {
-        "gamma": recipe.pressure.gamma,
-        "floor": recipe.pressure.floor,
-        "presence_optimizer": recipe.presence.optimizer,
-        "presence_lr": recipe.presence.lr,
-        "epochs": recipe.timeline.epochs,
-    }
 
 
 def _mean_flux(layers: dict[str, Row], arrays: dict[str, np.ndarray]) -> float:
@@ -99,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    write(options.out, rows)
+    write_records(options.out, rows, digits=6)
     return 0
 
 

@@ -21,12 +21,9 @@ Columns: ``density`` after the last epoch; ``above``, the fraction of weights wi
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import io
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -39,12 +36,12 @@ from minihyperflows import functional as F
 from minihyperflows.engine import Tensor
 from minihyperflows.flows.gate import is_present
 from minihyperflows.flows.recorder import LayerFlow
-from minihyperflows.lab.checkpoint import load_checkpoint, read_json, write_atomically
+from minihyperflows.lab.checkpoint import load_checkpoint, read_json
 from minihyperflows.lab.data import Dataset, load, normalise
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import Recipe, find
-from minihyperflows.lab.records import read_records
-from minihyperflows.lab.runs import RunFolder, commit, versions
+from minihyperflows.lab.records import read_records, write_records
+from minihyperflows.lab.runs import RunFolder, provenance
 from minihyperflows.lab.sweep import parse_gammas
 from minihyperflows.lab.train import EpochRecord, Trainer, build_network
 from minihyperflows.nn import Module
@@ -247,19 +244,11 @@ class Record:
         new = (epochs, distribution, run)
         for file, table, rows in zip(self.files, self.rows, new, strict=True):
             table += rows
-            write_atomically(file, _as_csv(table).encode("utf-8"))
+            write_records(file, table)
 
 
 def _identity(row: Row) -> tuple[Any, ...]:
     return row["recipe"], row["seed"], row["gamma"]
-
-
-def _as_csv(rows: Sequence[Row]) -> str:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -285,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         data = load(recipe.dataset, options.data_dir)
         row, *others = measure(finish(data), data, options.sample)
-        record.add([row | _provenance(recipe, command)], *others)
+        record.add([row | provenance(recipe.dtype, command)], *others)
         bar.write(f"{name}: density {row['density']:.4%}")
 
 
@@ -318,13 +307,6 @@ def _plan(options: argparse.Namespace, bar: tqdm) -> Plan:
                 return train_under_pressure(pressed, data, seed, bar.update)
 
             yield pressed, seed, command, finish
-
-
-def _provenance(recipe: Recipe, command: str) -> Row:
-    """Where a row comes from; the command repeats it (with --data-dir where needed)."""
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    head = {"device": "cpu", "dtype": recipe.dtype, "date": date, "commit": commit()}
-    return head | {"command": command, **versions()}
 
 
 if __name__ == "__main__":

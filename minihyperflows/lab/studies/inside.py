@@ -39,9 +39,7 @@ been empty through a whole level of pressure.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import io
 import itertools
 import json
 import math
@@ -57,10 +55,11 @@ from tqdm import tqdm
 
 from minihyperflows.flows.gate import gated_layers, is_present
 from minihyperflows.flows.stages import PRUNING
-from minihyperflows.lab.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from minihyperflows.lab.checkpoint import load_checkpoint, save_checkpoint
 from minihyperflows.lab.data import Dataset, load
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import Recipe, find
+from minihyperflows.lab.records import write_records
 from minihyperflows.lab.runs import commit, versions
 from minihyperflows.lab.train import EpochRecord, Trainer, build_network, evaluate
 from minihyperflows.nn import Module
@@ -557,14 +556,7 @@ TABLES = {
 def write_tables(study: Study) -> None:
     """Write the tables that have rows."""
     for name, make in TABLES.items():
-        rows = list(make(study))
-        names = list(dict.fromkeys(column for row in rows for column in row))
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, names, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
-        write_atomically(study.folder / f"{name}.csv", text.getvalue().encode("utf-8"))
+        write_records(study.folder / f"{name}.csv", list(make(study)), digits=5)
 
 
 # -- the command line ----------------------------------------------------------------------------

@@ -43,7 +43,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
-from datetime import UTC, datetime
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -55,18 +54,18 @@ from minihyperflows import flows
 from minihyperflows import functional as F
 from minihyperflows.engine import Tensor
 from minihyperflows.flows.gate import gated_layers, is_present
-from minihyperflows.flows.law import student_t_quantile
-from minihyperflows.flows.stages import PRUNING, kept_weights
+from minihyperflows.flows.law import mean_half_width
+from minihyperflows.flows.stages import PRUNING
 from minihyperflows.lab.checkpoint import load_checkpoint, save_checkpoint
 from minihyperflows.lab.data import Dataset, load
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import Recipe, find
-from minihyperflows.lab.records import read_records
-from minihyperflows.lab.runs import commit, versions
-from minihyperflows.lab.studies.removal import write
+from minihyperflows.lab.records import read_records, write_records
+from minihyperflows.lab.runs import provenance
 from minihyperflows.lab.sweep import parse_gammas
 from minihyperflows.lab.train import Trainer, build_network, evaluate
 from minihyperflows.nn import Module
+from minihyperflows.nn.counting import kept_weights
 
 UNTRAINED = "magnitude-untrained"
 ITERATIVE = ("magnitude", UNTRAINED, "taylor", "taylor-batches")
@@ -427,10 +426,7 @@ def exponent(rows: Sequence[Row], low: float, high: float, saliency: str = "sali
         laws.append(flows.fit_power_law(*zip(*points, strict=True)))
         sizes.append(len(points))
     alphas = np.array([law.alpha for law in laws])
-    half = math.nan
-    if (n := len(alphas)) > 1:
-        half = student_t_quantile(0.975, n - 1) * float(alphas.std(ddof=1)) / math.sqrt(n)
-    mean = float(alphas.mean())
+    half, mean = mean_half_width(alphas), float(alphas.mean())
     return Exponent(
         alpha=mean,
         interval=(mean - half, mean + half),
@@ -480,11 +476,9 @@ def study(
             with bar:
                 bar.set_description(f"{method} {seed}")
                 new = run(setting, method, data, seed, checkpoint, _Meter(bar))
-            source = {"device": "cpu", "dtype": recipe.dtype, "commit": commit()}
-            source |= {"date": datetime.now(UTC).isoformat(timespec="seconds")}
-            source |= {"command": command, **versions()}
+            source = provenance(recipe.dtype, command)
             rows += [row | source for row in new]
-            write(out, rows)
+            write_records(out, rows, digits=6)
             checkpoint.unlink(missing_ok=True)
     return rows
 
@@ -521,7 +515,7 @@ def join(files: Sequence[Path], out: Path) -> None:
         rows += [row for row in read_records(file) if row["command"] not in there]
     order = {method: number for number, method in enumerate(METHODS)}
     rows.sort(key=lambda row: (row["recipe"], order[row["method"]], row["seed"], row["step"]))
-    write(out, rows)
+    write_records(out, rows, digits=6)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

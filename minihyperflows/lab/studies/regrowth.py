@@ -28,7 +28,6 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -40,10 +39,10 @@ from minihyperflows.flows.gate import gated_layers, is_present
 from minihyperflows.lab.data import Dataset, load
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import Recipe, find
-from minihyperflows.lab.records import read_records
-from minihyperflows.lab.runs import commit, versions
+from minihyperflows.lab.records import read_records, write_records
+from minihyperflows.lab.runs import provenance
 from minihyperflows.lab.studies.equilibrium import supports
-from minihyperflows.lab.studies.targets import State, write_table
+from minihyperflows.lab.studies.targets import State
 from minihyperflows.lab.train import EpochRecord, Trainer, build_network
 from minihyperflows.nn import Parameter
 
@@ -428,14 +427,7 @@ def measure(
 def _provenance(variant: str, dataset: str, seed: int, dtype: str) -> Row:
     """Where a row comes from; the command repeats it (with --data-dir where needed)."""
     words = ["--dataset", dataset, "--variants", variant, "--seeds", str(seed), "--out", "FILE"]
-    return {
-        "device": "cpu",
-        "dtype": dtype,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "command": shlex.join(["python", "-m", MODULE, *words]),
-        **versions(),
-    }
+    return provenance(dtype, shlex.join(["python", "-m", MODULE, *words]))
 
 
 # -- the files -----------------------------------------------------------------------------------
@@ -460,7 +452,7 @@ class Record:
         for file, table, rows in reversed(list(zip(self.files, self.tables, new, strict=True))):
             table += rows
             table.sort(key=_order)
-            write_table(file, table)
+            write_records(file, table)
 
     def join(self, other: Path) -> None:
         """Take over the rows of another record that are not here.

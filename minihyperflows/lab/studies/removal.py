@@ -16,8 +16,6 @@ A seed that is in the table already is not measured again.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import math
 import shlex
 import sys
@@ -31,10 +29,9 @@ from tqdm import tqdm
 
 from minihyperflows.flows.gate import KAPPA, gated_layers, is_present
 from minihyperflows.flows.stages import DENSE, PRUNING
-from minihyperflows.lab.checkpoint import write_atomically
 from minihyperflows.lab.data import Dataset, load, normalise
 from minihyperflows.lab.recipes import RECIPES, Recipe, find
-from minihyperflows.lab.records import read_records
+from minihyperflows.lab.records import read_records, write_records
 from minihyperflows.lab.runs import commit, versions
 from minihyperflows.lab.train import EpochRecord, Trainer, build_network
 from minihyperflows.nn import Module
@@ -432,7 +429,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             new = list(measured)
             date = datetime.now(UTC).isoformat(timespec="seconds")
             rows += [row | {"date": date} | source for row in new]
-            write(options.out, rows)
+            write_records(options.out, rows, digits=6)
 
 
 def _command(arguments: Sequence[str]) -> str:
@@ -444,17 +441,6 @@ def _command(arguments: Sequence[str]) -> str:
         skip = word in ("--data-dir", "--out")
     words = ["python", "-m", "minihyperflows.lab.studies.removal", *kept]
     return f"{shlex.join(words)} --data-dir DIR --out FILE"
-
-
-def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write the rows as a CSV file, floats with six digits."""
-    text = io.StringIO(newline="")
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-    write_atomically(path, text.getvalue().encode("utf-8"))
 
 
 if __name__ == "__main__":

@@ -14,12 +14,9 @@ it stopped. All runs with the same network and seed begin with the same dense ne
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +26,10 @@ from tqdm import tqdm
 from minihyperflows import nn
 from minihyperflows.flows.scheduler import PressureScheduler
 from minihyperflows.flows.stages import PRUNING, REGROWTH
-from minihyperflows.lab.checkpoint import write_atomically
 from minihyperflows.lab.data import Dataset, load
 from minihyperflows.lab.recipes import Recipe, find
-from minihyperflows.lab.records import read_records
-from minihyperflows.lab.runs import commit, versions
+from minihyperflows.lab.records import read_records, write_records
+from minihyperflows.lab.runs import provenance
 from minihyperflows.lab.train import EpochRecord, Trainer, build_network
 from minihyperflows.nn import Module
 
@@ -199,14 +195,8 @@ def row(
         "updates_per_epoch": recipe.pressure.updates_per_epoch,
         "step": recipe.pressure.step,
     }
-    provenance = {
-        "device": "cpu",
-        "dtype": recipe.dtype,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "command": COMMAND.format(name),
-    }
-    return head | results(recipe, target, records) | provenance | versions()
+    source = provenance(recipe.dtype, COMMAND.format(name))
+    return head | results(recipe, target, records) | source
 
 
 # -- the study -----------------------------------------------------------------------------------
@@ -232,17 +222,8 @@ def run_study(
             dense = {(name, seed): train_dense(setting, data, seed)}
         records = prune(setting, data, dense[name, seed], target, seed)
         rows.append(row(name, setting.recipe, target, seed, records))
-        write_table(out, rows)
+        write_records(out, rows)
     return rows
-
-
-def write_table(out: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Replace the file ``out`` by one with these rows."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(out, text.getvalue().encode("utf-8"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
