@@ -261,11 +261,14 @@ def test_command_does_what_is_missing(
     monkeypatch.setattr(inside, "SHORT", {})  # the recipe is not used: the runs are there
     before = (folder / f"{FIRST}.safetensors").stat().st_mtime_ns
     arguments = ["--recipe", "lenet300-digits", "--out", str(folder)]
-    assert inside.main(["run", FIRST, SECOND, *arguments]) == 0
+    inside.main(["run", FIRST, SECOND, *arguments])
     assert (folder / f"{FIRST}.safetensors").stat().st_mtime_ns == before
     capsys.readouterr()
-    assert inside.main(["run", "dense9", *arguments]) == 2
+    with pytest.raises(SystemExit) as stop:
+        inside.main(["run", "dense9", *arguments])
+    assert stop.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: there is no run 'dense9'")
     assert error.count("\n") == 1
-    assert inside.main(["run", "--recipe", "vgg19-cifar10", "--out", str(folder)]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        inside.main(["run", "--recipe", "vgg19-cifar10", "--out", str(folder)])

@@ -39,7 +39,6 @@ import argparse
 import dataclasses
 import io
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -62,6 +61,7 @@ from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import Recipe, find
 from minihyperflows.lab.records import read_records, write_records
 from minihyperflows.lab.runs import provenance
+from minihyperflows.lab.studies.command import reporting
 from minihyperflows.lab.train import Trainer, build_network, evaluate
 from minihyperflows.nn import Module
 from minihyperflows.nn.counting import kept_weights
@@ -422,6 +422,7 @@ def source(recipe: Recipe, method: str, sparsity: float, seed: int) -> Row:
     return provenance(recipe.dtype, command)
 
 
+@reporting()
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -436,20 +437,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--join", nargs="+", type=Path, default=(), help="put files together")
     parser.add_argument("--out", type=Path, required=True, help="the CSV file, continued if there")
     options = parser.parse_args(arguments)
-    try:
-        if options.join:
-            join(options.join, options.out)
-            return
-        recipe = RECIPES[options.recipe]
-        targets = [s for s in options.sparsities if options.methods != [DENSE_CONTROL]]
-        for sparsity in targets:
-            recipe.with_target(sparsity)  # complains of what is no sparsity
-        data = load(recipe.dataset, options.data_dir)
-        choice = options.methods, targets, options.seeds
-        run_study(options.out, recipe, data, *choice, options.folder)
-    except UserError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    if options.join:
+        join(options.join, options.out)
+        return
+    recipe = RECIPES[options.recipe]
+    targets = [s for s in options.sparsities if options.methods != [DENSE_CONTROL]]
+    for sparsity in targets:
+        recipe.with_target(sparsity)  # complains of what is no sparsity
+    data = load(recipe.dataset, options.data_dir)
+    choice = options.methods, targets, options.seeds
+    run_study(options.out, recipe, data, *choice, options.folder)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ With ``--unfinished`` also runs that have not come to their end, as far as they 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -28,6 +27,7 @@ from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import Recipe
 from minihyperflows.lab.records import settings, write_records
 from minihyperflows.lab.runs import RunFolder
+from minihyperflows.lab.studies.command import reporting
 
 Row: TypeAlias = dict[str, Any]
 MODULE = "minihyperflows.lab.studies.convergence"
@@ -76,21 +76,17 @@ def _mean_flux(layers: dict[str, Row], arrays: dict[str, np.ndarray]) -> float:
     return float(np.nansum(fluxes) / max(sum(present.values()), 1))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+@reporting()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     parser.add_argument("--unfinished", action="store_true", help="take unfinished runs too")
     options = parser.parse_args(arguments)
-    try:
-        rows = [row for folder in options.runs for row in course(folder, options.unfinished)]
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    rows = [row for folder in options.runs for row in course(folder, options.unfinished)]
     write_records(options.out, rows, digits=6)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -42,6 +42,7 @@ from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import Recipe, find
 from minihyperflows.lab.records import read_records, write_records
 from minihyperflows.lab.runs import RunFolder, provenance
+from minihyperflows.lab.studies.command import reporting
 from minihyperflows.lab.sweep import parse_gammas
 from minihyperflows.lab.train import EpochRecord, Trainer, build_network
 from minihyperflows.nn import Module
@@ -251,6 +252,7 @@ def _identity(row: Row) -> tuple[Any, ...]:
     return row["recipe"], row["seed"], row["gamma"]
 
 
+@reporting()
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__)

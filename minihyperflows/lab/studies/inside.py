@@ -44,9 +44,7 @@ import itertools
 import json
 import math
 import shlex
-import sys
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -60,7 +58,8 @@ from minihyperflows.lab.data import Dataset, load
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import Recipe, find
 from minihyperflows.lab.records import write_records
-from minihyperflows.lab.runs import commit, versions
+from minihyperflows.lab.runs import provenance
+from minihyperflows.lab.studies.command import reporting
 from minihyperflows.lab.train import EpochRecord, Trainer, build_network, evaluate
 from minihyperflows.nn import Module
 
@@ -302,8 +301,7 @@ class Study:
         """Do a run and write its file."""
         settings = dataclasses.asdict(run)
         head = {"name": run.name, "kind": type(run).__name__.lower()} | settings
-        source: Row = {"recipe": self.recipe.name, "dataset": self.data.name, "device": "cpu"}
-        source |= {"dtype": self.recipe.dtype, "commit": commit(), "command": command}
+        source: Row = {"recipe": self.recipe.name, "dataset": self.data.name}
         with tqdm(desc=run.name, unit="epoch", leave=False) as bar:
             if isinstance(run, Pruning):
                 state, accuracy = self.dense(run)
@@ -314,7 +312,7 @@ class Study:
             else:
                 epochs, arrays = squeeze(run, self.recipe, self.data, bar), {}
         head |= {"epochs": len(epochs), "test_accuracy": epochs[-1]["test_accuracy"]}
-        source |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), **versions()}
+        source |= provenance(self.recipe.dtype, command)
         # JSON has no NaN: the flux of no weights is null.
         text = json.dumps([{k: None if v != v else v for k, v in e.items()} for e in epochs])
         save_checkpoint(self.file(run.name), arrays, {"row": head | source, "epochs": text})
@@ -562,8 +560,9 @@ def write_tables(study: Study) -> None:
 # -- the command line ----------------------------------------------------------------------------
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; see the module's text. Returns the exit status."""
+@reporting()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; see the module's text."""
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}")
     parser.add_argument("action", choices=("run", "tables"))
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of a run: {', '.join(RUNS)}")
@@ -571,15 +570,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data-dir", help="where MNIST lies")
     parser.add_argument("--out", type=Path, required=True, help="a folder, continued if there")
     options = parser.parse_args(arguments)
-    try:
-        _main(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _main(options: argparse.Namespace) -> None:
     names = options.names or list(RUNS)
     for name in names:
         if name not in RUNS:
@@ -597,4 +587,4 @@ def _main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -40,7 +40,6 @@ import argparse
 import dataclasses
 import math
 import shlex
-import sys
 import time
 from collections.abc import Callable, Generator, Sequence
 from itertools import islice, pairwise
@@ -62,6 +61,7 @@ from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import Recipe, find
 from minihyperflows.lab.records import read_records, write_records
 from minihyperflows.lab.runs import provenance
+from minihyperflows.lab.studies.command import reporting
 from minihyperflows.lab.sweep import parse_gammas
 from minihyperflows.lab.train import Trainer, build_network, evaluate
 from minihyperflows.nn import Module
@@ -518,6 +518,7 @@ def join(files: Sequence[Path], out: Path) -> None:
     write_records(out, rows, digits=6)
 
 
+@reporting()
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; see the module's text."""
     parser = argparse.ArgumentParser(
@@ -535,15 +536,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--join", type=Path, nargs="+", metavar="FILE", help="only join files")
     parser.add_argument("--out", type=Path, required=True, help="the CSV file, continued if there")
     options = parser.parse_args(arguments)
-    try:
-        if options.join:
-            join(options.join, options.out)
-        else:
-            setting = _setting(options)
-            study(options.out, setting, options.methods, options.seeds, options.data_dir)
-    except UserError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        sys.exit(2)
+    if options.join:
+        join(options.join, options.out)
+    else:
+        study(options.out, _setting(options), options.methods, options.seeds, options.data_dir)
 
 
 def _setting(options: argparse.Namespace) -> Setting:

@@ -41,6 +41,7 @@ from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import Recipe, find
 from minihyperflows.lab.records import read_records, write_records
 from minihyperflows.lab.runs import provenance
+from minihyperflows.lab.studies.command import reporting
 from minihyperflows.lab.studies.equilibrium import supports
 from minihyperflows.lab.studies.targets import State
 from minihyperflows.lab.train import EpochRecord, Trainer, build_network
@@ -477,6 +478,7 @@ def _order(row: Row) -> tuple[Any, ...]:
     return row["dataset"], list(VARIANTS).index(row["variant"]), row["seed"], scale or 0.0
 
 
+@reporting()
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__)
@@ -487,13 +489,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data-dir", help="where MNIST lies")
     parser.add_argument("--out", type=Path, required=True, help="continued if it is there")
     options = parser.parse_args(arguments)
-    try:
-        _run(options)
-    except UserError as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-
-
-def _run(options: argparse.Namespace) -> None:
     record, dataset = Record(options.out), options.dataset
     for other in options.join:
         record.join(other)

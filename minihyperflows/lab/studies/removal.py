@@ -20,7 +20,6 @@ import math
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,8 @@ from minihyperflows.flows.stages import DENSE, PRUNING
 from minihyperflows.lab.data import Dataset, load, normalise
 from minihyperflows.lab.recipes import RECIPES, Recipe, find
 from minihyperflows.lab.records import read_records, write_records
-from minihyperflows.lab.runs import commit, versions
+from minihyperflows.lab.runs import provenance
+from minihyperflows.lab.studies.command import reporting
 from minihyperflows.lab.train import EpochRecord, Trainer, build_network
 from minihyperflows.nn import Module
 
@@ -398,6 +398,7 @@ def study(
                 yield head | row
 
 
+@reporting()
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; see the module's text."""
     parser = argparse.ArgumentParser(prog="python -m minihyperflows.lab.studies.removal")
@@ -418,17 +419,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = _command(sys.argv[1:] if arguments is None else arguments)
     with tqdm(total=len(missing) * epochs, unit="epoch") as progress:
         for seed in missing:
-            source: dict[str, Any] = {
-                "recipe": recipe.name,
-                "dataset": recipe.dataset,
-                "device": "cpu",
-            }
-            source |= {"dtype": f"{recipe.dtype}, measured in float64", "commit": commit()}
-            source |= {"command": command, **versions()}
             measured = study(recipe, data, seed, options.images, options.sample, progress=progress)
             new = list(measured)
-            date = datetime.now(UTC).isoformat(timespec="seconds")
-            rows += [row | {"date": date} | source for row in new]
+            source = {"recipe": recipe.name, "dataset": recipe.dataset}
+            source |= provenance(f"{recipe.dtype}, measured in float64", command)
+            rows += [row | source for row in new]
             write_records(options.out, rows, digits=6)
 
 

@@ -30,6 +30,7 @@ from minihyperflows.lab.data import Dataset, load
 from minihyperflows.lab.recipes import Recipe, find
 from minihyperflows.lab.records import read_records, write_records
 from minihyperflows.lab.runs import provenance
+from minihyperflows.lab.studies.command import reporting
 from minihyperflows.lab.train import EpochRecord, Trainer, build_network
 from minihyperflows.nn import Module
 
@@ -226,6 +227,7 @@ def run_study(
     return rows
 
 
+@reporting()
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
