@@ -253,9 +253,3 @@ def test_the_exponent_is_that_of_the_points() -> None:
     assert np.isnan(law.exponent(points({0: 0.5}), 0.0, 0.5).interval[0])
     inside = [row for row in made if 0.01 < row["density"] <= 0.5]
     assert law.exponent(made, 0.01, 0.5).points == pytest.approx(len(inside) / 3)
-
-
-def test_local_exponents() -> None:
-    slopes = law.local_exponents([*points({0: 0.7}), {"saliency": 32.0, "density": 0.0}])
-    assert len(slopes) == 12
-    assert [slope for _, slope in slopes] == pytest.approx([0.7] * 12)

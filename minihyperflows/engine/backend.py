@@ -52,12 +52,17 @@ def to_device(array: Array, device: str) -> Array:
         return array
     if device == "cpu":
         return to_numpy(array)
+    require_gpu()
+    return cupy().asarray(array)
+
+
+def require_gpu() -> None:
+    """Raise the DeviceError that says what to do, unless there is a GPU."""
     if not cuda_available():
         raise DeviceError(
             'no GPU is available: install CuPy (pip install "minihyperflows[gpu]") on a machine '
             "with an NVIDIA GPU, or use the cpu device"
         )
-    return cupy().asarray(array)
 
 
 def to_numpy(array: Array) -> np.ndarray:

@@ -15,12 +15,13 @@ from tqdm import tqdm
 
 import minihyperflows
 from minihyperflows.engine import DeviceError
+from minihyperflows.engine.backend import require_gpu
 from minihyperflows.lab.bench import NETWORKS, BenchSettings, measure
 from minihyperflows.lab.bench_table import gpu_table, table
 from minihyperflows.lab.checkpoint import load_checkpoint, write_atomically, write_json
 from minihyperflows.lab.data import NAMES
 from minihyperflows.lab.errors import UserError
-from minihyperflows.lab.gpu_bench import GpuBenchSettings, measure_on_gpu, require_gpu
+from minihyperflows.lab.gpu_bench import GpuBenchSettings, measure_on_gpu
 from minihyperflows.lab.recipes import RECIPES, Recipe, find
 from minihyperflows.lab.records import collect
 from minihyperflows.lab.runs import RunFolder, run, versions

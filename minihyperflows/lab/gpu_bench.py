@@ -15,8 +15,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from minihyperflows import flows
-from minihyperflows.engine import DeviceError, cuda_available
-from minihyperflows.engine.backend import cupy
+from minihyperflows.engine.backend import cupy, require_gpu
 from minihyperflows.lab.bench import GAMMA, LR, PRESENCE
 from minihyperflows.lab.contenders import (
     Progress,
@@ -163,15 +162,6 @@ def measure_on_gpu(
         record["networks"].append(entry)
         _Measurement(network, settings, data, entry, deadline, progress, lambda: save(record)).run()
     return record
-
-
-def require_gpu() -> None:
-    """Raise the DeviceError that says what to do, unless there is a GPU."""
-    if not cuda_available():
-        raise DeviceError(
-            'no GPU is available: install CuPy (pip install "minihyperflows[gpu]") on a machine '
-            "with an NVIDIA GPU"
-        )
 
 
 def head(with_torch: bool) -> dict[str, Any]:

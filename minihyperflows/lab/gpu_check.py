@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from minihyperflows.engine import DeviceError
+from minihyperflows.engine.backend import require_gpu
 from minihyperflows.lab.bench_table import gpu_table
 from minihyperflows.lab.checkpoint import write_json
 from minihyperflows.lab.emulator import CompilerMissingError, emulated_gpu
@@ -28,7 +29,6 @@ from minihyperflows.lab.gpu_bench import (
     GpuBenchSettings,
     head,
     measure_on_gpu,
-    require_gpu,
 )
 from minihyperflows.lab.gpu_bench import (
     PARTS as BENCH_PARTS,

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from minihyperflows.engine import DeviceError
+from minihyperflows.engine.backend import require_gpu
 from minihyperflows.lab.emulator import emulated_gpu
 from minihyperflows.lab.errors import OutOfTimeError, UserError
-from minihyperflows.lab.gpu_bench import require_gpu
 from minihyperflows.lab.packs import PART_BYTES, ROUNDED, pack, restore_dense, unpack
 from minihyperflows.lab.recipes import Recipe, find
 from minihyperflows.lab.records import collect

@@ -437,17 +437,6 @@ def exponent(rows: Sequence[Row], low: float, high: float, saliency: str = "sali
     )
 
 
-def local_exponents(rows: Sequence[Row]) -> list[tuple[float, float]]:
-    """(density, -d ln density / d ln saliency) between neighbouring rows of one run with weights
-    left; the density is the geometric mean of the two."""
-    result = []
-    for a, b in pairwise(rows):
-        if a["density"] > 0 and b["density"] > 0 and a["saliency"] != b["saliency"]:
-            slope = math.log(b["density"] / a["density"]) / math.log(b["saliency"] / a["saliency"])
-            result.append((math.sqrt(a["density"] * b["density"]), -slope))
-    return result
-
-
 # -- the command ---------------------------------------------------------------------------------
 
 
