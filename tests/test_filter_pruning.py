@@ -29,7 +29,12 @@ from minihyperflows.related.ranking import (
     round_fraction,
     shuffled,
 )
-from minihyperflows.related.rounds import finish, prune_filters, prune_weights
+from minihyperflows.related.rounds import (
+    finish,
+    prune_filters,
+    prune_to_widths,
+    prune_weights,
+)
 
 IMAGE = (32, 32, 3)
 
@@ -446,6 +451,30 @@ def test_filters_go_in_rounds(score: str, rng: np.random.Generator) -> None:
     for _ in range(3):
         task.train(pruned.net)
     assert task.loss(pruned.net) < 0.7
+
+
+def test_channels_go_until_the_widths_are_reached(rng: np.random.Generator) -> None:
+    """Whatever the score says of other groups, each loses its own lowest."""
+    task = Digits(rng, convolutions=True)
+    goals = [{"0": 9, "3": 16}, {"0": 3, "3": 5}]
+
+    def score(net: nn.Module) -> dict[str, np.ndarray]:
+        found = importance(net, task.x, task.labels, "magnitude", "filter")
+        return {name: 1000 * s if name == "0.weight" else s for name, s in found.items()}
+
+    norms = np.linalg.norm(task.net[0].weight.data.reshape(12, -1), axis=1)
+    idle = prune_to_widths(task.net, task.image, goals, lambda net: None, score)
+    for number, (pruned, goal) in enumerate(zip(idle, goals, strict=True), start=1):
+        assert pruned.number == number
+        assert widths(channel_groups(pruned.net, task.image)) == goal
+        assert pruned.kept == sum(goal.values())
+        assert pruned.total == 28
+        if number == 1:
+            np.testing.assert_array_equal(pruned.keep["0"], norms >= np.sort(norms)[3])
+    task.train(pruned.net)
+    assert task.epochs == 1
+    with pytest.raises(ValueError, match="cannot be kept"):
+        list(prune_to_widths(pruned.net, task.image, goals[:1], task.train, score))
 
 
 def _layers(net: nn.Module) -> dict[str, nn.Weighted]:

@@ -15,7 +15,7 @@ each time, as Lubana & Dick 2021 do::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -133,8 +133,46 @@ def prune_filters(
     total = sum(widths(channel_groups(net, input_shape)).values())
     for k in range(1, rounds + 1):
         train(net)
-        scores = channel_scores(score(net), channel_groups(net, input_shape), combine)
         kept = round(kept_fraction(k, rounds, sparsity) * total)
-        keep = keep_highest(scores, kept, least)
-        net = remove_filters(net, keep, input_shape)
+        net, keep = _without_lowest(net, input_shape, score, kept, combine, least)
         yield Round(k, net, keep, kept, total)
+
+
+def prune_to_widths(
+    net: Module,
+    input_shape: tuple[int, ...],
+    goals: Sequence[Mapping[str, int]],
+    train: Train,
+    score: Scores,
+    *,
+    combine: str = "mean",
+) -> Iterator[Round]:
+    """Remove channels until each group has a given number: the score ranks only within groups.
+
+    With random scores and the widths that another score has led to, it is the control that tells
+    the choice of widths from the choice of filters.
+
+    Args:
+        net, input_shape, train, score, combine: as for :func:`prune_filters`.
+        goals: for each round how many channels to keep of each group that can be pruned.
+    """
+    total = sum(widths(channel_groups(net, input_shape)).values())
+    for k, goal in enumerate(goals, start=1):
+        train(net)
+        kept = sum(goal.values())
+        net, keep = _without_lowest(net, input_shape, score, kept, combine, least=goal)
+        yield Round(k, net, keep, kept, total)
+
+
+def _without_lowest(
+    net: Module,
+    input_shape: tuple[int, ...],
+    score: Scores,
+    kept: int,
+    combine: str,
+    least: int | Mapping[str, int],
+) -> tuple[Module, Masks]:
+    """A smaller network with ``kept`` channels, and which they are."""
+    scores = channel_scores(score(net), channel_groups(net, input_shape), combine)
+    keep = keep_highest(scores, kept, least)
+    return remove_filters(net, keep, input_shape), keep
