@@ -255,7 +255,8 @@ def test_the_public_contract() -> None:
         testing: [
             *("assert_close", "numerical_gradient", "check_grad", "check_complex_step"),
             *("check_function", "check_module", "check_surrogate", "check_optimizer"),
-            *("check_scheduler", "check_pruner"),
+            *("check_scheduler", "check_pruner", "check_score", "check_hessian_product"),
+            *("check_proximal", "check_hypernetwork"),
         ],
     }
     for module, wanted in names.items():

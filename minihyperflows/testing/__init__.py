@@ -13,21 +13,29 @@ is repeatable. No test framework is needed::
 """
 
 from minihyperflows.testing.compare import assert_close
+from minihyperflows.testing.curvature import check_hessian_product
 from minihyperflows.testing.functions import check_function, check_module
 from minihyperflows.testing.gradients import check_complex_step, check_grad, numerical_gradient
+from minihyperflows.testing.hypernetworks import check_hypernetwork
 from minihyperflows.testing.optimizers import check_optimizer
+from minihyperflows.testing.proximal import check_proximal
 from minihyperflows.testing.pruners import check_pruner
 from minihyperflows.testing.pruning import check_scheduler, check_surrogate
+from minihyperflows.testing.scores import check_score
 
 __all__ = [
     "assert_close",
     "check_complex_step",
     "check_function",
     "check_grad",
+    "check_hessian_product",
+    "check_hypernetwork",
     "check_module",
     "check_optimizer",
+    "check_proximal",
     "check_pruner",
     "check_scheduler",
+    "check_score",
     "check_surrogate",
     "numerical_gradient",
 ]
