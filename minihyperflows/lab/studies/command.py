@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from minihyperflows.engine import DeviceError
 from minihyperflows.lab.errors import UserError
 
 
@@ -18,7 +19,7 @@ def reporting() -> Iterator[None]:
     """
     try:
         yield
-    except UserError as error:
+    except (UserError, DeviceError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

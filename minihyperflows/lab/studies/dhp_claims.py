@@ -58,9 +58,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from minihyperflows.engine import DeviceError
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.runs import gpu_versions, provenance
+from minihyperflows.lab.studies.command import reporting
 from minihyperflows.lab.studies.dhp_runs import (
     RULES,
     Searched,
@@ -296,6 +296,7 @@ def run_study(options: argparse.Namespace) -> None:
                 bar.update(done - bar.n)  # it may have had fewer steps than planned
 
 
+@reporting()
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -314,15 +315,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--join", nargs="+", type=Path, default=(), metavar="FILE", help="take over their runs")
     add("--out", type=Path, required=True, help="the CSV file, continued if it is there")
     options = parser.parse_args(arguments)
-    try:
-        if not all(0 < target < 1 for target in options.targets or ()):
-            raise UserError("a target is a fraction of the multiplications, between 0 and 1")
-        for network in options.networks:
-            if set(options.parts or ()) - set(parts_of(network)):
-                raise UserError(f"rules and decay are for SGD, and {network} is trained with Adam")
-        run_study(options)
-    except (UserError, DeviceError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+    if not all(0 < target < 1 for target in options.targets or ()):
+        raise UserError("a target is a fraction of the multiplications, between 0 and 1")
+    for network in options.networks:
+        if set(options.parts or ()) - set(parts_of(network)):
+            raise UserError(f"rules and decay are for SGD, and {network} is trained with Adam")
+    run_study(options)
 
 
 if __name__ == "__main__":
