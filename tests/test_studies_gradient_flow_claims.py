@@ -229,7 +229,8 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path, tiny: None) -> None:
 def test_controls_that_are_missing_are_added(tmp_path: Path, tiny: None) -> None:
     out = tmp_path / "f.csv"
     words = ["--part", "filters", "--dataset", "shapes32", "--networks", "vgg13"]
-    words += ["--scores", "magnitude", "--rounds", "1", "--seeds", "0", "--kept", "0.5"]
+    words += ["--scores", "magnitude", "--starts", "1", "--rounds", "1"]
+    words += ["--seeds", "0", "--kept", "0.5"]
     rows = study(out, *words)
     assert [row["control"] for row in rows] == ["", "widths", "uniform"]
     write_records(out, [rows[0], rows[2]])
