@@ -233,6 +233,7 @@ def test_controls_that_are_missing_are_added(tmp_path: Path, tiny: None) -> None
     words += ["--seeds", "0", "--kept", "0.5"]
     rows = study(out, *words)
     assert [row["control"] for row in rows] == ["", "widths", "uniform"]
+    assert "--controls widths uniform --seeds 0 --out" in rows[0]["command"]
     write_records(out, [rows[0], rows[2]])
     again = study(out, *words)
     assert [row["control"] for row in again] == ["", "uniform", "widths"]

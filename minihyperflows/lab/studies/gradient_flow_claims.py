@@ -196,8 +196,8 @@ def source(grid: Grid, run: Run, plan: Plan, data: Dataset) -> Row:
     words.append(f"--images {plan.images} --epochs {plan.epochs} --scores {run.score}")
     if run.score != DENSE:
         words.append(f"--starts {run.start} --rounds {run.rounds} --kept {run.kept:g}")
-    if grid.controls:
-        words.append(f"--controls {' '.join(grid.controls)}")
+    if PARTS[grid.part].controls:
+        words.append(" ".join(["--controls", *grid.controls]))
     place = "" if data.name in ("digits", "shapes32") else "--data-dir DIR "
     command = f"python -m {MODULE} {' '.join(words)} --seeds {run.seed} {place}--out FILE"
     return provenance(DTYPE.__name__, command)
