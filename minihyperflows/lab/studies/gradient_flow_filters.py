@@ -50,8 +50,15 @@ RANKINGS = {
 SCORES = ("random", "magnitude", "loss", "biased-loss", "grasp-200", "preserve-1")
 PLANS = {
     name: Plan(
-        **{"images": 2560, "test_images": 5000, "epochs": 8, "batch_size": 32, "lr": 0.02},
-        **{"window": 2, "tail": 2, "scored": 256, "probed": 1000},
+        images=2560,
+        test_images=5000,
+        epochs=8,
+        batch_size=32,
+        lr=0.02,
+        window=2,
+        tail=2,
+        scored=256,
+        probed=1000,
     )
     for name in ("cifar10", "shapes32")
 }
