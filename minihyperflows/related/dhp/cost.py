@@ -36,7 +36,7 @@ class LayerCost:
 
 
 def macs(costs: Sequence[LayerCost], widths: Mapping[str, int], norms: bool = False) -> int:
-    """Multiplications (each with its addition: MACs) that one image needs.
+    """Multiplications (each with its addition: MACs) that one image needs, (16.13).
 
     Convolutions and linear layers without their biases. The authors' code counts batch norm as
     well, 2 C H W: that is ``norms``, about 1 % of a ResNet-20, and hardly changes a ratio.

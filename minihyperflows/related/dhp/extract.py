@@ -18,7 +18,7 @@ def extract(network: HyperNetwork, keep: Mapping[str, np.ndarray] | None = None)
     """An ordinary network of the channels that survive, with the weights as generated for them.
 
     A copy: the search may go on. Rows and columns of generated weights are what a hypernetwork with
-    fewer rows and columns would generate, so the weights are generated whole and cut.
+    fewer rows and columns would generate (16.14), so the weights are generated whole and cut.
 
     What the copy computes differs from what ``network`` does as far as the cut channels still
     contributed. It is then trained like any other network; the authors take their full schedule,

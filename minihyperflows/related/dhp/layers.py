@@ -5,12 +5,12 @@ c, which it shares with the layers that make its input, and z_out, of length n (
 steps, for output channel o and input channel i, with an embedding of m numbers and u, v the place
 in the kernel (a linear layer has none)::
 
-    latent matrix   Z[o, i]       = z_out[o] z_in[i] + B0[o, i]
-    embedding       E[r, o, i]    = w1[r, o, i] Z[o, i] + b1[r, o, i]                r = 1 ... m
+    latent matrix   Z[o, i]       = z_out[o] z_in[i] + B0[o, i]                           (16.1)
+    embedding       E[r, o, i]    = w1[r, o, i] Z[o, i] + b1[r, o, i]    r = 1 ... m      (16.2)
     explicit        W[o, u, v, i] = sum over r of W2[r, o, u, v, i] E[r, o, i] + b2[o, u, v, i]
 
-There is no nonlinearity between them, so a weight is an affine function of one number, Z[o, i]: see
-:meth:`HyperLayer.collapse`.
+the last of which is (16.3). There is no nonlinearity between them, so a weight is an affine
+function of one number, Z[o, i]: see :meth:`HyperLayer.collapse`.
 
 Source: Li, Gu, Zhang, Van Gool, Timofte, "DHP: differentiable meta pruning via hypernetworks",
 ECCV 2020, arXiv 2003.13683, and the authors' code (github.com/ofsoundof/dhp, dhp_base.py). There
@@ -36,8 +36,8 @@ LATENT = "latent"  # role of the latent vectors; the rest of a hypernetwork are 
 class HyperLayer(Module):
     """Generates one layer's weight from its two latent vectors.
 
-    Holds per pair of channels 2 m + k^2 m numbers, and with biases 1 + m + k^2 more: 98 where a
-    3x3 convolution has 9 (m = 8).
+    Holds per pair of channels m + k^2 m numbers, and with biases 1 + m + k^2 more: 98 where a
+    3x3 convolution has 9 (m = 8). The gradients are (16.7).
 
     Args:
         shape: of the weight: (n, kH, kW, c), (n, kH, kW, 1) for a depthwise convolution, whose
@@ -61,7 +61,7 @@ class HyperLayer(Module):
         self.shape = shape
         out, inside = shape[0], shape[-1]
         matrix, stack = (out, inside), (embedding, out, inside)
-        # Variance 1 for w1 and 1 / (m fan_in) for W2: a weight then has variance 1 / fan_in.
+        # Variance 1 for w1 and 1 / (m fan_in) for W2: a weight then has 1 / fan_in, (16.5).
         bound = float(np.sqrt(3 / (embedding * init.fan_in(shape))))
         self.w1 = Parameter(init.uniform(stack, float(np.sqrt(3)), rng, dtype))
         self.W2 = Parameter(init.uniform((embedding, *shape), bound, rng, dtype))
@@ -85,7 +85,8 @@ class HyperLayer(Module):
     def collapse(self) -> tuple[Tensor, Tensor]:
         """(slope, offset), both of the weight's shape: W = slope Z + offset, Z over the kernel.
 
-        slope = sum over r of W2[r] w1[r],  offset = sum over r of W2[r] b1[r] + b2.
+        slope = sum over r of W2[r] w1[r],  offset = sum over r of W2[r] b1[r] + b2. (In (16.4) the
+        part of Z that comes from B0 is counted as offset.)
 
         Worth it where one hypernetwork makes weights for many latents. In training it makes one a
         step, for which the two sums over W2 cost more than the single one of :meth:`generate`.

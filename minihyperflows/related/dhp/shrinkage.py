@@ -1,10 +1,10 @@
 """How latents shrink: proximal operators, and what they do when the data say nothing.
 
 A step of SGD is followed by a proximal step, the exact minimiser of 1/2 |x - z|^2 + tau |x|_1 with
-tau = lr lambda. It stands outside the momentum mu. A steady gradient g moves a latent by
-lr g / (1 - mu) per step, so it holds the latent in place at |g| = lambda (1 - mu): the pull is that
-of an l1 penalty of lambda / 10 in the loss, for mu = 0.9. Weight decay goes through the momentum,
-which makes it ten times as strong.
+tau = lr lambda, (16.8). It stands outside the momentum mu. A steady gradient g moves a latent by
+lr g / (1 - mu) per step, so it holds the latent in place at |g| = lambda (1 - mu), (16.10): the
+pull is that of an l1 penalty of lambda / 10 in the loss, for mu = 0.9. Weight decay goes through
+the momentum, which makes it ten times as strong. Chapter 16.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from minihyperflows.engine.backend import Array, xp_of
 
 
 def soft_threshold(z: Array, tau: float) -> Array:
-    """argmin over x of 1/2 |x - z|^2 + tau |x|_1 = sign(z) max(|z| - tau, 0): exact zeros."""
+    """argmin over x of 1/2 |x - z|^2 + tau |x|_1: zeros are exact.
+
+    It is sign(z) max(|z| - tau, 0), (16.9).
+    """
     xp = xp_of(z)
     return xp.sign(z) * xp.maximum(abs(z) - tau, 0)
 
@@ -41,7 +44,7 @@ class FreeShrinkage:
     With momentum mu every step multiplies |z| by about 1 - r, r = lr wd / (1 - mu), and subtracts
     q = lr lambda. In continuous time, d|z|/dS = -r |z| - q, so after S steps
 
-        |z(S)| = max((|z(0)| + q / r) e^(-r S) - q / r, 0),   or |z(0)| - q S where r = 0.
+        |z(S)| = max((|z(0)| + q / r) e^(-r S) - q / r, 0),   or |z(0)| - q S where r = 0   (16.11)
 
     The two multiply: the decay brings latents into reach of the subtraction. What a search does
     beyond this is what the data contribute.
@@ -86,7 +89,7 @@ class FreeShrinkage:
         return threshold * math.exp(r * steps) + q * math.expm1(r * steps) / r
 
     def fraction_lost(self, steps: float, threshold: float = 5e-3) -> float:
-        """The part of the latents drawn from N(0, 1) that is below T after S steps."""
+        """The part of the latents drawn from N(0, 1) that is below T after S steps, (16.12)."""
         return math.erf(self.largest_lost(steps, threshold) / math.sqrt(2))
 
     @classmethod
