@@ -32,7 +32,9 @@ multiplications, ``free_ratio`` by the closed form at the last step, ``widths`` 
 of the network that is left; ``full_score``, ``cut_score`` and ``reestimated_score``: of the
 searched network, after the cut, and with batch-norm statistics estimated anew; ``score`` after
 training. A score is an accuracy on the test set, or for ``dncnn-`` a PSNR in dB (``metric``).
-Nothing is selected: scores are those of the last step. Columns of FILE-groups: ``size``, ``floor``,
+Nothing is selected: scores are those of the last step. (Without biases a cut is exact where the
+latents are 0, but in the perceptrons the classifier, which no hypernetwork makes, loses what batch
+norm's shift gave it through dead channels.) Columns of FILE-groups: ``size``, ``floor``,
 ``width``, ``zero`` (entries that are exactly 0), ``free_width`` by the closed form, ``auc``: the
 probability that a survivor began with a larger |z| than one that did not survive.
 
@@ -62,6 +64,7 @@ from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.runs import gpu_versions, provenance
 from minihyperflows.lab.studies.command import reporting
 from minihyperflows.lab.studies.dhp_runs import (
+    CHANNELS,
     RULES,
     Searched,
     Settings,
@@ -69,11 +72,11 @@ from minihyperflows.lab.studies.dhp_runs import (
     free_widths,
     from_scratch,
     new_network,
-    permuted,
     prunable,
     random_widths,
     ratio_of,
     search,
+    stream,
     strong_decay,
     survival_auc,
     uniform_widths,
@@ -90,6 +93,7 @@ from minihyperflows.lab.studies.dhp_tables import (
 )
 from minihyperflows.lab.studies.dhp_tasks import DTYPE, EXPERIMENTS, Experiment, Task, steps_of
 from minihyperflows.nn import Module
+from minihyperflows.related.ranking import shuffled
 
 MODULE = "minihyperflows.lab.studies.dhp_claims"
 SEARCHED = (DHP, "permuted")  # begin with a search
@@ -102,6 +106,7 @@ PARTS: dict[str, tuple[str, ...]] = {
 }
 BIAS = {"yes": True, "no": False}
 SEEDS = (0, 1, 2, 3, 4)
+LOOKS = 30  # rows for the course of a search
 
 
 # -- runs ----------------------------------------------------------------------------------------
@@ -123,7 +128,8 @@ class Study:
             found = self._search(run)
             result = self._after_search(run, found)
             if run.variant != "permuted":
-                looks, groups = rows_of_looks(run, found), rows_of_groups(run, found)
+                looks = rows_of_looks(run, found, steps_of(self.experiment.search, self.task))
+                groups = rows_of_groups(run, found)
         else:
             result = self._train(run)
         head = {"dataset": self.experiment.dataset, "metric": self.task.metric}
@@ -153,7 +159,9 @@ class Study:
         }
         if run.part != CONTROLS:
             return result | {"full_score": task.score(network)}
-        keep = network.kept() if run.variant == DHP else permuted(found, run.seed)
+        keep = network.kept()
+        if run.variant != DHP:  # as many of every group, at random
+            keep = shuffled(keep, stream(run.seed, CHANNELS))
         net, gap = finish(found, keep, self.experiment, task, run.seed)
         return (
             result
@@ -204,9 +212,12 @@ def settings_of(run: Run, experiment: Experiment, task: Task) -> Settings:
     return settings
 
 
-def rows_of_looks(run: Run, found: Searched) -> list[Row]:
-    """The course of a search."""
-    return [dataclasses.asdict(run) | dataclasses.asdict(look) for look in found.looks]
+def rows_of_looks(run: Run, found: Searched, limit: int) -> list[Row]:
+    """The course of a search: about ``LOOKS`` rows if it took ``limit`` steps, and the last one."""
+    every = run.experiment.check_every
+    every *= -(-limit // (LOOKS * every))
+    looks = [look for look in found.looks if look.step % every == 0 or look is found.looks[-1]]
+    return [dataclasses.asdict(run) | dataclasses.asdict(look) for look in looks]
 
 
 def rows_of_groups(run: Run, found: Searched) -> list[Row]:

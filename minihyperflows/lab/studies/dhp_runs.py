@@ -20,7 +20,6 @@ from minihyperflows.lab.train import make_optimizer
 from minihyperflows.nn import Module
 from minihyperflows.related import dhp
 from minihyperflows.related.cutting import set_widths
-from minihyperflows.related.ranking import shuffled
 
 Widths = dict[str, int]
 
@@ -29,9 +28,8 @@ STOP_LIMIT = 0.02
 STATISTICS = 20  # batches that batch-norm statistics are estimated from
 SMALLEST_SHARE = 0.1  # of random widths
 
-# The weight decay of the authors' settings multiplies a latent by exp(-1e-4) in each of the 781
-# steps of an epoch of CIFAR-10: by exp(-1.56) in 20 epochs. A search here is too short for that, so
-# where weight decay is what is looked at, that of the latents is larger (:func:`strong_decay`).
+# The authors' weight decay multiplies a latent by exp(-1e-4) in each of the 781 steps of an epoch.
+# A search here is too short for that: see :func:`strong_decay`.
 AUTHORS_DECAY = 1e-4 * 781 * 20
 
 # Streams of random numbers of one seed
@@ -325,11 +323,6 @@ def finish(
     reestimated = task.score(net)
     train(net, experiment, task, steps_of(experiment.budget, task) - found.steps, seed)
     return net, Gap(full, cut, reestimated, task.score(net))
-
-
-def permuted(found: Searched, seed: int) -> dict[str, np.ndarray]:
-    """As many channels of every group as the search keeps, at random."""
-    return shuffled(found.network.kept(), stream(seed, CHANNELS))
 
 
 def from_scratch(

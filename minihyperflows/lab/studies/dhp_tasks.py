@@ -243,8 +243,7 @@ def resnet20(stem_stride: int = 1) -> Build:
 class DnCNN(Module):
     """x - f(x): convolutions that find the noise in x (Zhang et al. 2017).
 
-    f: a 3x3 convolution with ReLU, ``depth`` - 2 of them with batch norm and ReLU, one more. Grey
-    images only.
+    f: a 3x3 convolution with ReLU, ``depth`` - 2 with batch norm and ReLU, one more. For grey x.
     """
 
     def __init__(self, depth: int, width: int, rng: np.random.Generator, dtype: Any) -> None:
