@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -88,6 +88,42 @@ def keep_highest(
     ends = np.cumsum([len(rank) for rank in ranks.values()])
     parts = np.split(chosen, ends[:-1])
     return {n: part.reshape(scores[n].shape) for n, part in zip(scores, parts, strict=True)}
+
+
+def keep_within(
+    scores: Mapping[str, np.ndarray],
+    limit: float,
+    cost: Callable[[Masks], float],
+    least: int | Mapping[str, int] = 0,
+    present: Mapping[str, np.ndarray] | None = None,
+) -> Masks:
+    """True at the highest scores of all arrays together, at as many as ``limit`` allows.
+
+    :func:`keep_highest` with the largest count whose ``cost(masks)`` is at most ``limit``. For a
+    cost that grows with what is kept: multiplications, weights, seconds.
+
+    Args:
+        scores, least, present: as for :func:`keep_highest`.
+        limit: in the units of ``cost``.
+        cost: of a choice.
+
+    Raises:
+        ValueError: even the least choice costs more.
+    """
+    here = {n: s.size if present is None else int(present[n].sum()) for n, s in scores.items()}
+    low = sum(min(least if isinstance(least, int) else least[n], here[n]) for n in scores)
+    high = sum(here.values())
+    best = keep_highest(scores, low, least, present)
+    if cost(best) > limit:
+        raise ValueError(f"the least choice costs {cost(best):g}, more than {limit:g}")
+    while low < high:  # the largest count is between low, which is cheap enough, and high
+        middle = (low + high + 1) // 2
+        keep = keep_highest(scores, middle, least, present)
+        if cost(keep) <= limit:
+            low, best = middle, keep
+        else:
+            high = middle - 1
+    return best
 
 
 def shuffled(keep: Mapping[str, np.ndarray], rng: np.random.Generator) -> Masks:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from minihyperflows.engine import Tensor
 from minihyperflows.engine.backend import Array, to_numpy, xp_of
 from minihyperflows.lab.recipes import scheduled_lr
 from minihyperflows.lab.studies.dhp_tasks import Experiment, Task, steps_of
@@ -22,6 +23,7 @@ from minihyperflows.related import dhp
 from minihyperflows.related.cutting import set_widths
 
 Widths = dict[str, int]
+MACS, WEIGHTS = "macs", "weights"
 
 AIM = 0.5  # of a search's time: when latents that the data leave alone reach the target
 STOP_LIMIT = 0.02
@@ -73,6 +75,7 @@ class Settings:
         rule: one of ``RULES``.
         latent_decay: the weight decay of the latents; None: that of everything else.
         stops: at the target; otherwise it uses up its time.
+        counted: what the target is a fraction of: "macs", multiplications, or "weights".
     """
 
     target: float
@@ -81,6 +84,7 @@ class Settings:
     rule: str = "proximal"
     latent_decay: float | None = None
     stops: bool = True
+    counted: str = MACS
 
 
 @dataclass(frozen=True)
@@ -179,6 +183,8 @@ def begin(
 ) -> tuple[dhp.Search, Searched]:
     """A search before its first step, at the first learning rate of the experiment's schedule."""
     network = new_network(experiment, task, settings.hyper_bias, seed)
+    if settings.counted == WEIGHTS:
+        network.costs = dhp.layer_weights(network.net, network.groups)
     training = experiment.training
     decay = training.weight_decay if settings.latent_decay is None else settings.latent_decay
     l1 = chosen_l1(experiment, network, settings, steps_of(experiment.search, task))
@@ -280,15 +286,53 @@ def survival_auc(initial: np.ndarray, kept: np.ndarray) -> float:
 # -- training ------------------------------------------------------------------------------------
 
 
+class Course:
+    """The training of an ordinary network, step by step, with the whole schedule in all its steps.
+
+    The network may be exchanged on the way, for what pruning has left of it: the batches go on, a
+    new optimiser begins.
+
+    Attributes:
+        step: how many steps are done.
+        steps: how many there are.
+    """
+
+    def __init__(self, experiment: Experiment, task: Task, steps: int, seed: int) -> None:
+        self.training, self.task, self.step, self.steps = experiment.training, task, 0, steps
+        self._batches = task.batches(stream(seed, TRAINING))
+        self._net: Module | None = None
+
+    def advance(
+        self,
+        net: Module,
+        until: int,
+        penalised: Callable[[Tensor], Tensor] = lambda loss: loss,
+        after_step: Callable[[int], object] = lambda step: None,
+    ) -> None:
+        """Train ``net`` up to the step ``until``.
+
+        Args:
+            net: all its parameters are trained.
+            until: a number of steps.
+            penalised: what to minimise, given the loss of a batch.
+            after_step: called with the number of each step, when its gradients are still there.
+        """
+        training = self.training
+        if net is not self._net:
+            self._net, self._optimizer = net, make_optimizer(net.parameters(), training)
+        for x, wanted in itertools.islice(self._batches, until - self.step):
+            done = self.step / self.steps
+            self._optimizer.lr = scheduled_lr(training.schedule, training.lr, training.end_lr, done)
+            net.zero_grad()
+            penalised(self.task.loss(net(x), wanted)).backward()
+            self._optimizer.step()
+            self.step += 1
+            after_step(self.step)
+
+
 def train(net: Module, experiment: Experiment, task: Task, steps: int, seed: int) -> None:
     """Train an ordinary network for ``steps`` steps, with the whole schedule in them."""
-    training, rng = experiment.training, stream(seed, TRAINING)
-    optimizer = make_optimizer(net.parameters(), training)
-    for step, (x, wanted) in enumerate(itertools.islice(task.batches(rng), steps)):
-        optimizer.lr = scheduled_lr(training.schedule, training.lr, training.end_lr, step / steps)
-        net.zero_grad()
-        task.loss(net(x), wanted).backward()
-        optimizer.step()
+    Course(experiment, task, steps, seed).advance(net, steps)
 
 
 def reestimate(net: Module, task: Task, seed: int) -> None:

@@ -212,13 +212,13 @@ def mlp(inputs: int, hidden: int) -> Build:
     return build
 
 
-def convnet(side: int) -> Build:
-    """Four 3x3 convolutions with batch norm, 16 to 64 channels; the average of a map of side / 4;
-    a linear layer."""
+def convnet(side: int, inputs: int = 1) -> Build:
+    """For images of ``inputs`` channels: four 3x3 convolutions with batch norm, 16 to 64 channels;
+    the average of a map of side / 4; a linear layer."""
 
     def build(rng: np.random.Generator) -> Module:
         layers: list[Module] = []
-        channels = 1
+        channels = inputs
         for width, stride in ((16, 2), (32, 1), (32, 2), (64, 1)):
             layers.append(conv(channels, width, 3, stride, rng=rng, dtype=DTYPE))
             layers += [nn.BatchNorm2d(width, dtype=DTYPE), nn.ReLU()]
@@ -325,6 +325,9 @@ EXPERIMENTS = {
         "mnist", mlp(196, 128), budget=15, search=7, images=10_000, classifier_keeps=0
     ),
     "conv-mnist": Experiment("mnist", convnet(14), budget=10, search=5, images=10_000),
+    "conv-cifar10": Experiment(
+        "cifar10", convnet(32, 3), budget=6, search=3, images=10_000, options=_AUGMENT
+    ),
     "resnet20-small-cifar10": Experiment(
         "cifar10", resnet20(stem_stride=4), budget=8, search=3, targets=(0.5,), options=_AUGMENT
     ),

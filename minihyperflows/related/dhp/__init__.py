@@ -20,7 +20,14 @@ Source: Li, Gu, Zhang, Van Gool, Timofte, "DHP: differentiable meta pruning via 
 ECCV 2020, arXiv 2003.13683, and the authors' code. Chapter 16.
 """
 
-from minihyperflows.related.dhp.cost import LayerCost, layer_costs, macs, widths_at
+from minihyperflows.related.dhp.cost import (
+    LayerCost,
+    layer_costs,
+    layer_weights,
+    macs,
+    output_pixels,
+    widths_at,
+)
 from minihyperflows.related.dhp.extract import extract, generated, reestimate_norms
 from minihyperflows.related.dhp.layers import HyperLayer
 from minihyperflows.related.dhp.network import HyperNetwork, LatentCount, survivors
@@ -37,7 +44,9 @@ __all__ = [
     "extract",
     "generated",
     "layer_costs",
+    "layer_weights",
     "macs",
+    "output_pixels",
     "proximal_step",
     "reestimate_norms",
     "shrink_norm",

@@ -98,12 +98,40 @@ def layer_costs(
         input_shape: of one image, (H, W, C).
         groups: :func:`~minihyperflows.related.channels.channel_groups` of ``net``.
     """
-    layers = {name: m for name, m in net.named_modules() if isinstance(m, Weighted)}
-    made, read = group_of_outputs(groups), group_of_inputs(groups)
-    costs = []
+    return _costs(net, groups, output_pixels(net, input_shape))
+
+
+def layer_weights(net: Module, groups: Mapping[str, ChannelGroup]) -> list[LayerCost]:
+    """The same for the weights themselves: :func:`macs` of these is the number of weights.
+
+    So whatever counts multiplications counts weights instead (and with ``norms`` the scales and
+    shifts behind them).
+    """
+    return _costs(net, groups, dict.fromkeys(_weighted(net), 1))
+
+
+def output_pixels(net: Module, input_shape: tuple[int, ...]) -> dict[str, int]:
+    """H' W' of the outputs of each convolution, 1 for a linear layer, in the order of computation.
+
+    In how many multiplications every weight of the layer takes part.
+    """
+    layers = _weighted(net)
+    pixels = {}
     for name, operations in flops(net, input_shape).items():
         channels, per_output = layers[name].weight.shape[0], layers[name].weight[0].size
-        pixels = operations // (2 * per_output - 1) // channels  # H' W'
+        pixels[name] = operations // (2 * per_output - 1) // channels
+    return pixels
+
+
+def _costs(
+    net: Module, groups: Mapping[str, ChannelGroup], pixels: Mapping[str, int]
+) -> list[LayerCost]:
+    """The costs, if a weight of a layer takes part in ``pixels`` multiplications."""
+    layers = _weighted(net)
+    made, read = group_of_outputs(groups), group_of_inputs(groups)
+    costs = []
+    for name, places in pixels.items():
+        per_output = layers[name].weight[0].size
         group = groups[made[name]]
         depthwise = name in group.depthwise
         costs.append(
@@ -111,8 +139,12 @@ def layer_costs(
                 layer=name,
                 outputs=group.name,
                 inputs=None if depthwise else read[name],
-                per_pair=pixels * per_output // (1 if depthwise else groups[read[name]].size),
-                per_output=2 * pixels if group.norms else 0,
+                per_pair=places * per_output // (1 if depthwise else groups[read[name]].size),
+                per_output=2 * places if group.norms else 0,
             )
         )
     return costs
+
+
+def _weighted(net: Module) -> dict[str, Weighted]:
+    return {name: m for name, m in net.named_modules() if isinstance(m, Weighted)}

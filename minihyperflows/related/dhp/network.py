@@ -79,7 +79,8 @@ class HyperNetwork(Module):
         layers: the hypernetworks, by the name of the layer whose weight they make.
         floors: for each latent the number of entries that it keeps at least: all, if it is not to
             be pruned.
-        costs: the multiplications of each layer, as functions of the widths.
+        costs: the multiplications of each layer, as functions of the widths. May be replaced, by
+            :func:`~minihyperflows.related.dhp.cost.layer_weights`; then weights are what counts.
 
     Raises:
         ValueError: an option out of range, layers that have gates already, or channels that cannot
