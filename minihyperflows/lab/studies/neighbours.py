@@ -6,8 +6,9 @@
 Networks and schedules are experiments of :mod:`dhp_tasks`. All runs of a seed begin with the same
 weights, read the same batches in the same order, and have the same number of steps, with the
 experiment's learning rates in them; what a method does before the network has its final size is
-part of its steps. In the end at most the fraction ``target`` is left, of the multiplications for one
-image (``counted`` = "macs") or of the weights ("weights"); convolutions and linear layers count.
+part of its steps. In the end at most the fraction ``target`` is left, of the multiplications for
+one image (``counted`` = "macs") or of the weights ("weights"); convolutions and linear layers
+count.
 
     dense                   no pruning
     weight  hyperflows      pressure from a tenth of the steps to a half, regrowth to 60 % at most,
@@ -22,10 +23,10 @@ image (``counted`` = "macs") or of the weights ("weights"); convolutions and lin
             uniform         the same fraction of each layer's filters, from initial weights, all
                             steps: what filter pruning has to beat
 
-A method of level "weight" leaves zeros, one of level "filter" a narrow network. Nothing is selected:
-``score`` is the test accuracy after the last step. Where a search of DHP has not reached its target
-when its time is up (``reached`` 0, ``search_ratio``), the channels with the largest latents stay.
-All groups of channels can be pruned, in DHP those that the classifier reads as well.
+A method of level "weight" leaves zeros, one of level "filter" a narrow network. Nothing is
+selected: ``score`` is the test accuracy after the last step. Where a search of DHP has not reached
+its target when its time is up (``reached`` 0, ``search_ratio``), the channels with the largest
+latents stay. All groups of channels can be pruned, in DHP those that the classifier reads as well.
 
 Other columns: ``macs_ratio`` and ``weights_ratio``, what is left of both; ``widths`` (filters) or
 ``densities`` by layer (weights); ``steps``, of which ``search_steps`` before a search ended;
@@ -49,7 +50,6 @@ import numpy as np
 from tqdm import tqdm
 
 from minihyperflows import flows, optim
-from minihyperflows.engine import Tensor
 from minihyperflows.flows.gate import gated_layers
 from minihyperflows.flows.law import mean_half_width
 from minihyperflows.lab.data import normalise
@@ -102,8 +102,8 @@ START, END, LANDING = 0.1, 0.5, 0.6  # of pruning; of it; when the last weights 
 ROUNDS = 5
 SCORED = 512  # images for a score
 
-# Hyperflows. Tried with seed 100 of conv-mnist, which is not in the record: t learning half or twice
-# as fast, or half the pressure step, changed its accuracy by 0.4 points at most.
+# Hyperflows. Tried with seed 100 of conv-mnist, which is not in the record: t learning half or
+# twice as fast, or half the pressure step, changed its accuracy by 0.4 points at most.
 PERIODS = 40  # of the scheduler
 PRESSURE_STEP = 0.2
 PRESENCE_LR = 0.01
