@@ -12,6 +12,7 @@ from hyper import IMAGE, build, gates, hyper_network, latent_of_outputs, scatter
 from minihyperflows import flows, models, nn
 from minihyperflows import functional as F
 from minihyperflows.engine.tensor import Tensor
+from minihyperflows.nn import Weighted
 from minihyperflows.nn.counting import flops
 from minihyperflows.nn.models.resnet import Bottleneck, ResNet
 from minihyperflows.related.channels import channel_groups
@@ -21,7 +22,9 @@ from minihyperflows.related.dhp import (
     extract,
     generated,
     layer_costs,
+    layer_weights,
     macs,
+    output_pixels,
     widths_at,
 )
 
@@ -200,6 +203,23 @@ def test_dense_networks_cost_what_the_authors_counter_says(
     assert macs(costs, widths, norms=True) / 1e6 == pytest.approx(with_norms, abs=0.006)
     parameters = sum(p.size for p in dense.parameters())
     assert parameters / 1e6 == pytest.approx(mega_parameters, rel=2e-3)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v1", "vgg13", "lenet300"])
+def test_weights_can_be_counted_in_the_place_of_multiplications(name: str) -> None:
+    """Of the whole network and of what is left; a weight is used once for each output pixel."""
+    network = hyper_network(name, embedding=1)
+    dense = network.net
+    layers = {n: m for n, m in dense.named_modules() if isinstance(m, Weighted)}
+    pixels, macs_by_layer = output_pixels(dense, IMAGE), {c.layer: c for c in network.costs}
+    for n, layer in layers.items():
+        assert pixels[n] * layer.weight.size == macs_by_layer[n].macs(network.sizes())
+    network.costs = layer_weights(dense, network.groups)
+    assert macs(network.costs, network.sizes()) == sum(m.weight.size for m in layers.values())
+    scatter_latents(network)
+    left = {n: m for n, m in extract(network).named_modules() if isinstance(m, Weighted)}
+    assert macs(network.costs, network.widths()) == sum(m.weight.size for m in left.values())
+    assert 0.1 < network.flops_ratio() < 0.9
 
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet56", "mobilenet_v1", "vgg13", "lenet300"])

@@ -25,6 +25,7 @@ from minihyperflows.related.importance import importance
 from minihyperflows.related.ranking import (
     fractions_between,
     keep_highest,
+    keep_within,
     kept_fraction,
     round_fraction,
     shuffled,
@@ -108,6 +109,27 @@ def test_ties_keep_the_count() -> None:
     keep = keep_highest(scores, 5, least=2)
     assert keep["a"].sum() + keep["b"].sum() == 5
     assert min(keep["a"].sum(), keep["b"].sum()) >= 2
+
+
+def test_as_many_as_a_cost_allows() -> None:
+    """The longest beginning of the ranking that is cheap enough, not a cheaper choice beside it."""
+    scores = {"a": np.array([9.0, 7, 5]), "b": np.array([8.0, 6, 4])}
+    price = {"a": 10, "b": 1}
+
+    def cost(keep: dict[str, np.ndarray]) -> float:
+        return sum(price[name] * mask.sum() for name, mask in keep.items())
+
+    for limit, count in ((0, 0), (10, 1), (11, 2), (20, 2), (22, 4), (1000, 6)):
+        keep = keep_within(scores, limit, cost)
+        np.testing.assert_equal(keep, keep_highest(scores, count))
+        assert cost(keep) <= limit
+    keep = keep_within(scores, 12, cost, least={"a": 0, "b": 2})
+    np.testing.assert_equal(keep, {"a": [True, False, False], "b": [True, True, False]})
+    present = {"a": np.array([False, True, True]), "b": np.ones(3, bool)}
+    keep = keep_within(scores, 11, cost, present=present)
+    np.testing.assert_equal(keep, {"a": [False, True, False], "b": [True, False, False]})
+    with pytest.raises(ValueError, match="the least choice costs 20, more than 19"):
+        keep_within(scores, 19, cost, least={"a": 2, "b": 0})
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,12 @@ class Run:
     target: float | str
     seed: int
 
+    @property
+    def goal(self) -> float:
+        """The target of a run that prunes."""
+        assert not isinstance(self.target, str)
+        return self.target
+
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(Run))
 
@@ -195,11 +201,9 @@ class Contest:
 
     def rounds(self, net: Module, whole: float) -> Iterator[tuple[int, float]]:
         """For each round of pruning its step, and how much may be left then of ``whole``."""
-        target = self.run.target
-        assert not isinstance(target, str)
         for k in range(1, ROUNDS + 1):
             when = START + (END - START) * (k - 1) / (ROUNDS - 1)
-            yield self.at(when), kept_fraction(k, ROUNDS, 1 - target) * whole
+            yield self.at(when), kept_fraction(k, ROUNDS, 1 - self.run.goal) * whole
 
     def scores(self, rankings: Mapping[str, Ranking]) -> Callable[[Module], dict[str, np.ndarray]]:
         """The method's scores, each time on other images."""
@@ -279,14 +283,13 @@ def widest(
 def hyperflows(contest: Contest) -> Module:
     """Pressure, steered by what is counted; regrowth; landing."""
     net, course, run = contest.network(), contest.course, contest.run
-    assert not isinstance(run.target, str)
     price = prices(net, contest.task.input_shape, run.counted)
     begin, end, landing = (contest.at(part) for part in (START, END, LANDING))
     course.advance(net, begin)
     flows.attach(net, rng=stream(run.seed, PRESENCES))
     whole = price_of({name: t.data >= -np.inf for name, t in by_layer(net).items()}, price)
     presence = optim.Adam(flows.presences(net).values(), PRESENCE_LR)
-    scheduler = flows.PressureScheduler(1 - (1 - SHARE) * run.target, PERIODS, PRESSURE_STEP)
+    scheduler = flows.PressureScheduler(1 - (1 - SHARE) * run.goal, PERIODS, PRESSURE_STEP)
 
     def left() -> float:
         return price_of({n: t.data >= 0 for n, t in by_layer(net).items()}, price) / whole
@@ -298,15 +301,15 @@ def hyperflows(contest: Contest) -> Module:
             scheduler.update(period, left())
 
     def regrow(step: int) -> None:
-        if presence.lr and left() < run.target:
+        if presence.lr and left() < run.goal:
             presence.step()
         else:
             presence.lr = 0.0
 
     course.advance(net, end, lambda loss: loss + scheduler.gamma * flows.pressure(net), press)
-    contest.report["steering_error"] = left() - (1 - SHARE) * run.target
+    contest.report["steering_error"] = left() - (1 - SHARE) * run.goal
     course.advance(net, landing, after_step=regrow)
-    land_within(net, run.target * whole, lambda masks: price_of(masks, price))
+    land_within(net, run.goal * whole, lambda masks: price_of(masks, price))
     course.advance(net, contest.steps)
     flows.to_dense(net)
     return net
@@ -332,14 +335,13 @@ def land_within(net: Module, limit: float, cost: Callable[[Masks], float]) -> No
 def search_widths(contest: Contest) -> Module:
     """DHP: search, cut, train."""
     experiment, run = contest.experiment, contest.run
-    assert not isinstance(run.target, str)
-    settings = Settings(run.target, hyper_bias=run.method == "dhp", counted=run.counted)
+    settings = Settings(run.goal, hyper_bias=run.method == "dhp", counted=run.counted)
     found = search(experiment, contest.task, settings, run.seed)
     network, keep = found.network, found.network.kept()
-    if network.flops_ratio() > run.target:
+    if network.flops_ratio() > run.goal:
         size = {n: abs(network.latents[n].data) for n in keep}
         least = {n: network.floors[n] for n in keep}
-        limit = run.target * dhp.macs(network.costs, network.sizes())
+        limit = run.goal * dhp.macs(network.costs, network.sizes())
         keep = widest(size, limit, network.costs, network.groups, least)
     contest.report |= {"search_steps": found.steps, "reached": int(found.reached)}
     contest.report["search_ratio"] = network.flops_ratio()
@@ -349,10 +351,9 @@ def search_widths(contest: Contest) -> Module:
 def train_uniform(contest: Contest) -> Module:
     """The same fraction of every layer's filters, from the beginning."""
     net, image, run = contest.network(), contest.task.input_shape, contest.run
-    assert not isinstance(run.target, str)
     groups = channel_groups(net, image)
     costs = layer_costs(net, image, groups, run.counted)
-    widths = dhp.widths_at(run.target, costs, groups)
+    widths = dhp.widths_at(run.goal, costs, groups)
     return from_scratch(widths, contest.experiment, contest.task, contest.steps, run.seed)
 
 
@@ -482,8 +483,9 @@ def plan(options: argparse.Namespace) -> list[Run]:
 
 
 def experiment_of(network: str) -> Experiment:
-    """The experiment, with a classifier that leaves its inputs to the methods."""
-    return dataclasses.replace(EXPERIMENTS[network], classifier_keeps=0.0)
+    """The experiment; all channels can be pruned, and a search of DHP ends with the first step that
+    brings it to its target."""
+    return dataclasses.replace(EXPERIMENTS[network], classifier_keeps=0.0, check_every=1)
 
 
 def run_study(options: argparse.Namespace) -> list[Row]:
