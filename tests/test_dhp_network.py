@@ -209,12 +209,12 @@ def test_dense_networks_cost_what_the_authors_counter_says(
 def test_weights_can_be_counted_in_the_place_of_multiplications(name: str) -> None:
     """Of the whole network and of what is left; a weight is used once for each output pixel."""
     network = hyper_network(name, embedding=1)
-    dense = network.net
+    dense = build(name, np.random.default_rng(0))
     layers = {n: m for n, m in dense.named_modules() if isinstance(m, Weighted)}
     pixels, macs_by_layer = output_pixels(dense, IMAGE), {c.layer: c for c in network.costs}
     for n, layer in layers.items():
         assert pixels[n] * layer.weight.size == macs_by_layer[n].macs(network.sizes())
-    network.costs = layer_weights(dense, network.groups)
+    network.costs = layer_weights(network.net, network.groups)
     assert macs(network.costs, network.sizes()) == sum(m.weight.size for m in layers.values())
     scatter_latents(network)
     left = {n: m for n, m in extract(network).named_modules() if isinstance(m, Weighted)}

@@ -112,11 +112,12 @@ def test_hyperflows_lands_on_any_cost() -> None:
         np.testing.assert_array_equal(a.data >= 0, b.data >= 0)
     price = neighbours.prices(nets[2], (8, 8, 1), "macs")
     assert price == {"0": 16, "3": 16, "6": 4, "9": 4, "14": 1}
+    neighbours.by_layer(nets[2])["9"].data += 0.1  # more of the cheap ones come first
     whole = sum(price[n] * t.size for n, t in neighbours.by_layer(nets[2]).items())
     neighbours.land_within(nets[2], 0.2 * whole, lambda keep: neighbours.price_of(keep, price))
     left = {n: t.data >= 0 for n, t in neighbours.by_layer(nets[2]).items()}
     assert 0.2 * whole - 16 < neighbours.price_of(left, price) <= 0.2 * whole
-    assert flows.density(nets[2]) != pytest.approx(0.2, abs=0.01)
+    assert flows.density(nets[2]) > 0.25
 
 
 def test_rounds_fall_between_a_tenth_and_a_half_of_the_steps() -> None:
