@@ -11,7 +11,7 @@ import pytest
 from minihyperflows.nn import BatchNorm2d, Module
 from minihyperflows.related.derivatives import Landscape
 from minihyperflows.related.gradient_flow import loss_change, loss_change_to_second_order, per_group
-from minihyperflows.related.importance import SCORES, importance, weighted_layers
+from minihyperflows.related.importance import SCORES, importance, layers_by_weight
 from minihyperflows.testing.scores import check_score
 
 Arrays = dict[str, np.ndarray]
@@ -25,7 +25,7 @@ def test_the_package_s_scores_pass(name: str, level: str, mode: str) -> None:
 
 
 def of_layers(net: Module, arrays: Mapping[str, np.ndarray]) -> Arrays:
-    return {name: arrays[name] for name in weighted_layers(net)}
+    return {name: arrays[name] for name in layers_by_weight(net)}
 
 
 def first_order(net: Module, x: np.ndarray, labels: np.ndarray) -> Arrays:
@@ -37,7 +37,7 @@ def second_order(net: Module, x: np.ndarray, labels: np.ndarray) -> Arrays:
     """(15.8) for each filter."""
     land = Landscape(net, x, labels)
     scores: Arrays = {}
-    for name, layer in weighted_layers(net).items():
+    for name, layer in layers_by_weight(net).items():
         scores[name] = np.zeros(layer.weight.shape[0])
         for i in range(len(scores[name])):
             members = {k: np.zeros(p.shape, bool) for k, p in land.parameters.items()}

@@ -18,7 +18,7 @@ from minihyperflows.related.derivatives import (
     hessian,
     hessian_gradient_product,
 )
-from minihyperflows.related.importance import SCORES, importance, weighted_layers
+from minihyperflows.related.importance import SCORES, importance, layers_by_weight
 from minihyperflows.related.pruners import attach_masks
 
 GOLDEN = Path(__file__).parent / "golden" / "golden.npz"
@@ -331,7 +331,7 @@ def test_removed_weights_score_zero_and_do_not_count(score: str, rng: np.random.
         assert found[mask.present].all()
     if score in SECOND_ORDER:
         return
-    for layer in weighted_layers(net).values():
+    for layer in layers_by_weight(net).values():
         layer.weight.data = layer.weight.data * layer.weight_gate.present
         layer.weight_gate = None
     dense = importance(net, *data, score, initial=initial)
@@ -349,7 +349,7 @@ def test_curvature_of_a_masked_network_is_that_of_the_weights_left(
     for mask in masks.values():
         mask.present = rng.random(mask.present.shape) < 0.6
     found = hessian_gradient_product(net, *data)
-    for layer in weighted_layers(net).values():
+    for layer in layers_by_weight(net).values():
         layer.weight.data = layer.weight.data * layer.weight_gate.present
         layer.weight_gate = None
     landscape = Landscape(net, *data)

@@ -11,6 +11,7 @@ from minihyperflows.nn.layers import (
     ReLU,
     Sequential,
     Weighted,
+    weighted_layers,
 )
 from minihyperflows.nn.module import Buffer, Module, Parameter
 
@@ -30,4 +31,5 @@ __all__ = [
     "init",
     "models",
     "optim",
+    "weighted_layers",
 ]

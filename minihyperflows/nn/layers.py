@@ -52,6 +52,11 @@ class Weighted(Module):
         self.bias = Parameter(init.uniform(shape[:1], bound, rng, dtype)) if bias else None
 
 
+def weighted_layers(net: Module) -> dict[str, Weighted]:
+    """The convolutions and linear layers of ``net`` by name, in the order of definition."""
+    return {name: m for name, m in net.named_modules() if isinstance(m, Weighted)}
+
+
 class Linear(Weighted):
     """y = x W^T + b with W (out_features, in_features); PyTorch's default initialisation."""
 

@@ -195,7 +195,7 @@ def importance(
     curvature = landscape.hessian_product(g, theta) if chosen.order >= 2 else np.zeros_like(theta)
     g_by_name, curvature_by_name = landscape.arrays(g), landscape.arrays(curvature)
     scores = {}
-    for name, layer in weighted_layers(net).items():
+    for name, layer in layers_by_weight(net).items():
         weight = to_numpy(layer.weight.data).astype(dtype)
         quantities = Quantities(
             weight=in_use(layer, weight),
@@ -208,7 +208,7 @@ def importance(
     return scores
 
 
-def weighted_layers(net: Module) -> dict[str, Weighted]:
+def layers_by_weight(net: Module) -> dict[str, Weighted]:
     """The convolutions and linear layers by the names of their weights, as in
     ``net.named_parameters()``: a layer that is used in several places has one name."""
     layers = [module for _, module in net.named_modules() if isinstance(module, Weighted)]

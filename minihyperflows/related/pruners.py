@@ -31,7 +31,7 @@ import numpy as np
 
 from minihyperflows.engine.graph import Function
 from minihyperflows.engine.tensor import Tensor, apply
-from minihyperflows.nn import Module, Parameter, Weighted, counting
+from minihyperflows.nn import Module, Parameter, counting, weighted_layers
 from minihyperflows.nn.optim import Optimizer
 
 # -- masks ---------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def attach_masks(net: Module) -> dict[str, Mask]:
     Raises:
         ValueError: there is nothing to mask, or the layers have masks or gates already.
     """
-    layers = {name: m for name, m in net.named_modules() if isinstance(m, Weighted)}
+    layers = weighted_layers(net)
     if not layers:
         raise ValueError("nothing to prune: the network has no convolution or linear layer")
     if any(layer.weight_gate for layer in layers.values()):
@@ -144,9 +144,8 @@ class Pruner:
         """Write the zeros into the weights and take the masks off: the same function."""
         for mask in self.masks.values():
             mask.weight.data = mask.weight.data * mask.present
-        for _, layer in self._net.named_modules():
-            if isinstance(layer, Weighted):
-                layer.weight_gate = None
+        for layer in weighted_layers(self._net).values():
+            layer.weight_gate = None
 
     @property
     def total(self) -> int:

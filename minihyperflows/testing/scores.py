@@ -11,7 +11,7 @@ from minihyperflows import functional as F
 from minihyperflows.engine.tensor import Tensor
 from minihyperflows.nn import BatchNorm2d, Conv2d, Flatten, Linear, Module, ReLU, Sequential
 from minihyperflows.related.derivatives import Landscape
-from minihyperflows.related.importance import LEVELS, weighted_layers
+from minihyperflows.related.importance import LEVELS, layers_by_weight
 
 Scores: TypeAlias = Callable[[Module, np.ndarray, np.ndarray], Mapping[str, np.ndarray]]
 
@@ -80,7 +80,7 @@ def _check_form(score: Scores, level: str, rng: np.random.Generator) -> None:
 
 
 def _check_arrays(found: Mapping[str, np.ndarray], net: Module, level: str) -> None:
-    layers = weighted_layers(net)
+    layers = layers_by_weight(net)
     if set(found) != set(layers):
         raise AssertionError(
             f"the scores have the names {sorted(found)}, the weights of convolutions and linear "
@@ -151,7 +151,7 @@ def _check_order(score: Scores, level: str, order: int, rng: np.random.Generator
     net = _Network(rng)
     x, labels = rng.standard_normal((20, INPUTS)), rng.integers(0, CLASSES, 20)
     landscape = Landscape(net, x, labels)
-    for name in weighted_layers(net):
+    for name in layers_by_weight(net):
         weight = net.named_parameters()[name]
         full = weight.data
         for i in rng.choice(full.shape[0], GROUPS, replace=False):

@@ -73,8 +73,7 @@ from minihyperflows.lab.studies.dhp_runs import (
 from minihyperflows.lab.studies.dhp_tables import text_of
 from minihyperflows.lab.studies.dhp_tasks import DTYPE, EXPERIMENTS, Experiment, Task, steps_of
 from minihyperflows.lab.studies.gradient_flow_runs import Ranking
-from minihyperflows.nn import Module
-from minihyperflows.nn.layers import Weighted
+from minihyperflows.nn import Module, weighted_layers
 from minihyperflows.related import dhp, rounds
 from minihyperflows.related.channels import ChannelGroup, channel_groups
 from minihyperflows.related.dhp.cost import LayerCost
@@ -136,11 +135,6 @@ COLUMNS = tuple(field.name for field in dataclasses.fields(Run))
 
 
 # -- what is counted -----------------------------------------------------------------------------
-
-
-def weighted_layers(net: Module) -> dict[str, Weighted]:
-    """The convolutions and linear layers by name."""
-    return {name: m for name, m in net.named_modules() if isinstance(m, Weighted)}
 
 
 def prices(net: Module, image: tuple[int, ...], counted: str) -> dict[str, int]:

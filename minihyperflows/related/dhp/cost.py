@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from minihyperflows.nn import Module, Weighted
+from minihyperflows.nn import Module, weighted_layers
 from minihyperflows.nn.counting import flops
 from minihyperflows.related.channels import ChannelGroup, group_of_inputs, group_of_outputs
 
@@ -107,7 +107,7 @@ def layer_weights(net: Module, groups: Mapping[str, ChannelGroup]) -> list[Layer
     So whatever counts multiplications counts weights instead (and with ``norms`` the scales and
     shifts behind them).
     """
-    return _costs(net, groups, dict.fromkeys(_weighted(net), 1))
+    return _costs(net, groups, dict.fromkeys(weighted_layers(net), 1))
 
 
 def output_pixels(net: Module, input_shape: tuple[int, ...]) -> dict[str, int]:
@@ -115,7 +115,7 @@ def output_pixels(net: Module, input_shape: tuple[int, ...]) -> dict[str, int]:
 
     In how many multiplications every weight of the layer takes part.
     """
-    layers = _weighted(net)
+    layers = weighted_layers(net)
     pixels = {}
     for name, operations in flops(net, input_shape).items():
         channels, per_output = layers[name].weight.shape[0], layers[name].weight[0].size
@@ -127,7 +127,7 @@ def _costs(
     net: Module, groups: Mapping[str, ChannelGroup], pixels: Mapping[str, int]
 ) -> list[LayerCost]:
     """The costs, if a weight of a layer takes part in ``pixels`` multiplications."""
-    layers = _weighted(net)
+    layers = weighted_layers(net)
     made, read = group_of_outputs(groups), group_of_inputs(groups)
     costs = []
     for name, places in pixels.items():
@@ -144,7 +144,3 @@ def _costs(
             )
         )
     return costs
-
-
-def _weighted(net: Module) -> dict[str, Weighted]:
-    return {name: m for name, m in net.named_modules() if isinstance(m, Weighted)}

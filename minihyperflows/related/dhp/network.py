@@ -16,7 +16,7 @@ import numpy as np
 from minihyperflows import functional as F
 from minihyperflows.engine.backend import to_numpy
 from minihyperflows.engine.tensor import Tensor
-from minihyperflows.nn import Linear, Module, Parameter, Weighted
+from minihyperflows.nn import Linear, Module, Parameter, Weighted, weighted_layers
 from minihyperflows.related.channels import (
     ChannelGroup,
     channel_groups,
@@ -104,7 +104,7 @@ class HyperNetwork(Module):
                 f"embedding ({embedding}) and minimum ({minimum}) must be at least 1, "
                 f"classifier_keeps ({classifier_keeps}) a fraction"
             )
-        weighted = {name: m for name, m in net.named_modules() if isinstance(m, Weighted)}
+        weighted = weighted_layers(net)
         if any(layer.weight_gate for layer in weighted.values()):
             raise ValueError("the network has gates already, and a layer has room for one only")
         self.net, self.threshold = net, threshold
