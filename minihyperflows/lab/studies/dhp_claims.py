@@ -39,7 +39,8 @@ norm's shift gave it through dead channels.) Columns of FILE-groups: ``size``, `
 probability that a survivor began with a larger |z| than one that did not survive.
 
 The files are the state: a run that is in them is not repeated. Parts, networks, variants, targets
-and seeds can be chosen, so that several processes share the work; ``--join`` takes over their rows.
+and seeds can be chosen, so that several processes share the work; ``--join FILE...`` takes over
+their rows, and does no runs.
 
 On one core of a laptop's processor a run of ``mlp-digits`` takes some seconds, of ``conv-digits``,
 ``mlp-mnist`` and ``conv-mnist`` (10,000 images of 14 x 14) up to half a minute, of
@@ -286,10 +287,12 @@ def plan(options: argparse.Namespace) -> Iterator[Run]:
 
 
 def run_study(options: argparse.Namespace) -> None:
-    """Do the runs that are not in the tables yet."""
+    """Do the runs that are not in the tables yet; or take over those of other files."""
     tables = Tables(options.out)
     for file in options.join:
         tables.join(file)
+    if options.join:
+        return
     missing = [run for run in plan(options) if run not in tables.runs]
     tasks: dict[str, Task] = {}
     for run in missing:  # what cannot be loaded is noticed before anything is done
@@ -323,7 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--seeds", nargs="+", type=int, default=SEEDS)
     add("--data-dir", help="where MNIST and CIFAR lie")
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--join", nargs="+", type=Path, default=(), metavar="FILE", help="take over their runs")
+    add("--join", nargs="+", type=Path, default=(), metavar="FILE", help="only take their runs")
     add("--out", type=Path, required=True, help="the CSV file, continued if it is there")
     options = parser.parse_args(arguments)
     if not all(0 < target < 1 for target in options.targets or ()):
