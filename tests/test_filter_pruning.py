@@ -360,6 +360,20 @@ def test_the_safeguard_is_a_twentieth_and_one(rng: np.random.Generator) -> None:
     assert sum(widths(groups).values()) == 2944
 
 
+def test_two_channels_stay_where_a_depthwise_layer_filters_them(rng: np.random.Generator) -> None:
+    """With one it could not be told from an ordinary convolution, and the groups would change."""
+    net = models.mobilenet_v1(width=0.25, rng=rng)
+    groups = channel_groups(net, IMAGE)
+    least = safeguard(groups)
+    assert least["features.0.0"] == 2  # of 8
+    keep = {
+        name: np.arange(group.size) < least[name] for name, group in groups.items() if name in least
+    }
+    smaller = channel_groups(remove_filters(net, keep, IMAGE), IMAGE)
+    assert smaller.keys() == groups.keys()
+    assert widths(smaller) == least
+
+
 # -- the loop ------------------------------------------------------------------------------------
 
 

@@ -97,6 +97,11 @@ def safeguard(groups: Mapping[str, ChannelGroup], fraction: float = 0.05) -> dic
     """floor(fraction C) + 1 channels of each group, to keep in any case.
 
     The code of Lubana & Dick 2021 exempts so many filters of a layer, the last ones by index; here
-    ``keep_highest(..., least=safeguard(groups))`` exempts the best.
+    ``keep_highest(..., least=safeguard(groups))`` exempts the best. Where a depthwise convolution
+    filters the channels it is at least two of them: with one it would be an ordinary convolution,
+    whose channels are a group of their own.
     """
-    return {name: int(fraction * size) + 1 for name, size in widths(groups).items()}
+    return {
+        name: max(int(fraction * size) + 1, 2 if groups[name].depthwise else 1)
+        for name, size in widths(groups).items()
+    }

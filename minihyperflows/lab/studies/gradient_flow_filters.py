@@ -141,7 +141,7 @@ def uniform(
     found = []
     for sizes in course:
         ratio = macs(costs, full | dict(sizes)) / macs(costs, full)
-        chosen = widths_at(ratio, costs, groups)
+        chosen = widths_at(ratio, costs, groups, floors=safeguard(groups))
         found.append({name: chosen[name] for name in sizes})
     return found
 
