@@ -1,4 +1,5 @@
-"""Drawings of computation graphs for the chapters. Nothing here is needed to understand them."""
+"""Drawings for the chapters: computation graphs, values of several seeds. Nothing here is needed to
+understand them."""
 
 from __future__ import annotations
 
@@ -13,6 +14,14 @@ BLUE, RED, GREEN, AMBER, PURPLE, GREY = (
     *("#e09f3e", "#7b5ea7", "#6c757d"),
 )
 BEND = 0.12  # how far an arrow bulges, as a fraction of its length
+
+
+def dots(ax: Axes, values: Sequence[Sequence[float]], color: str, start: float = 0) -> None:
+    """A row for each sequence, from the height ``start`` on: a dot for every value, a tick at their
+    mean."""
+    for place, row in enumerate(values):
+        ax.plot(row, [start + place] * len(row), "o", color=color, ms=3.5, alpha=0.5)
+        ax.plot(np.mean(row), start + place, "|", color=color, ms=12, mew=2)
 
 
 def draw_graph(

@@ -166,21 +166,20 @@ def test_the_table_says_what_the_record_says(
     for k, row in enumerate(rows):
         row |= {"seed": k % 2, "score": row.get("score", 0.95)}
     write_records(tmp_path / "a.csv", rows)
-    cell = neighbours.cells(read_records(tmp_path / "a.csv"), CONV)[
-        "weight", "hyperflows", "macs", 0.1
-    ]
+    key = CONV, "weight", "hyperflows", "macs", 0.1
+    cell = neighbours.cells(read_records(tmp_path / "a.csv"))[key]
     assert (cell.mean, cell.seeds, cell.cost) == (pytest.approx(0.91), 2, 1.5)
     assert cell.half_width == pytest.approx(12.706 * 0.01, rel=1e-3)  # Student, one degree
     neighbours.main(["--out", str(tmp_path / "a.csv"), "--table"])
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
-        "| level | method | 10% of macs | time |",
+        "| level | method | conv-digits, 10% of macs | time |",
         "|---|---|---|---|",
         "|  | dense | 95.00 ± 0.00 | 1.0 |",
         "| weight | hyperflows | 91.00 ± 12.71 | 1.5 |",
         "| weight | magnitude | 80.00 ± 0.00 | 1.5 |",
     ]
-    assert math.isnan(neighbours.cells(rows[:1], CONV)["", "dense", "", ""].half_width)
+    assert math.isnan(neighbours.cells(rows[:1])[CONV, "", "dense", "", ""].half_width)
 
 
 @pytest.mark.parametrize(

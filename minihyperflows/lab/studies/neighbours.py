@@ -419,39 +419,40 @@ class Cell:
     cost: float
 
 
-def cells(rows: Sequence[Row], network: str) -> dict[tuple[str, str, str, float | str], Cell]:
-    """By level, method, counted and target."""
-    rows = [row for row in rows if row["network"] == network]
-    time_of = {row["seed"]: row["cpu_seconds"] for row in rows if row["level"] == WHOLE}
-    found: dict[tuple[str, str, str, float | str], list[Row]] = {}
+def cells(rows: Sequence[Row]) -> dict[tuple[Any, ...], Cell]:
+    """By network, level, method, counted and target."""
+    time_of = {(r["network"], r["seed"]): r["cpu_seconds"] for r in rows if r["level"] == WHOLE}
+    found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        key = row["level"], row["method"], row["counted"], row["target"]
+        key = tuple(row[name] for name in COLUMNS if name != "seed")
         found.setdefault(key, []).append(row)
     return {
         key: Cell(
             mean=statistics.mean(row["score"] for row in same),
             half_width=mean_half_width([row["score"] for row in same]),
             seeds=len(same),
-            cost=statistics.median(r["cpu_seconds"] / time_of[r["seed"]] for r in same),
+            cost=statistics.median(
+                r["cpu_seconds"] / time_of[r["network"], r["seed"]] for r in same
+            ),
         )
         for key, same in found.items()
     }
 
 
-def markdown(rows: Sequence[Row], network: str) -> str:
-    """The table of a network: scores in per cent, mean and half an interval."""
-    found = cells(rows, network)
-    columns = sorted({key[2:] for key in found if key[0]}, key=lambda c: (c[0], -float(c[1])))
-    names = [f"{float(target):.0%} of {counted}" for counted, target in columns]
+def markdown(rows: Sequence[Row]) -> str:
+    """The table of all networks: scores in per cent, mean and half an interval."""
+    found = cells(rows)
+    columns = dict.fromkeys((r["network"], r["counted"], r["target"]) for r in rows if r["level"])
+    names = [f"{network}, {target:.0%} of {counted}" for network, counted, target in columns]
     lines = [f"| level | method | {' | '.join(names)} | time |", "|---" * (len(names) + 3) + "|"]
     for level, methods in METHODS.items():
         for method in methods:
-            own = [found.get((level, method, *(c if level else ("", "")))) for c in columns]
+            goals = ((n, (c, t) if level else ("", "")) for n, c, t in columns)
+            own = [found.get((n, level, method, *goal)) for n, goal in goals]
             if any(own):
-                costs = [cell.cost for cell in own if cell]
-                texts = [_text(cell) for cell in own]
-                time_text = f"{statistics.median(costs):.1f}"
-                lines.append(f"| {level} | {method} | {' | '.join(texts)} | {time_text} |")
+                cost = statistics.median(cell.cost for cell in own if cell)
+                texts = " | ".join(map(_text, own))
+                lines.append(f"| {level} | {method} | {texts} | {cost:.1f} |")
     return "\n".join(lines)
 
 
@@ -512,8 +513,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if not options.out.exists():
         raise UserError(f"there is no file {options.out}")
-    rows = read_records(options.out)
-    print("\n\n".join(markdown(rows, n) for n in dict.fromkeys(row["network"] for row in rows)))
+    print(markdown(read_records(options.out)))
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
