@@ -12,7 +12,7 @@ from hyper import IMAGE, build, gates, hyper_network, latent_of_outputs, scatter
 from minihyperflows import flows, models, nn
 from minihyperflows import functional as F
 from minihyperflows.engine.tensor import Tensor
-from minihyperflows.nn import Weighted
+from minihyperflows.nn import weighted_layers
 from minihyperflows.nn.counting import flops
 from minihyperflows.nn.models.resnet import Bottleneck, ResNet
 from minihyperflows.related.channels import channel_groups
@@ -210,14 +210,14 @@ def test_weights_can_be_counted_in_the_place_of_multiplications(name: str) -> No
     """Of the whole network and of what is left; a weight is used once for each output pixel."""
     network = hyper_network(name, embedding=1)
     dense = build(name, np.random.default_rng(0))
-    layers = {n: m for n, m in dense.named_modules() if isinstance(m, Weighted)}
+    layers = weighted_layers(dense)
     pixels, macs_by_layer = output_pixels(dense, IMAGE), {c.layer: c for c in network.costs}
     for n, layer in layers.items():
         assert pixels[n] * layer.weight.size == macs_by_layer[n].macs(network.sizes())
     network.costs = layer_weights(network.net, network.groups)
     assert macs(network.costs, network.sizes()) == sum(m.weight.size for m in layers.values())
     scatter_latents(network)
-    left = {n: m for n, m in extract(network).named_modules() if isinstance(m, Weighted)}
+    left = weighted_layers(extract(network))
     assert macs(network.costs, network.widths()) == sum(m.weight.size for m in left.values())
     assert 0.1 < network.flops_ratio() < 0.9
 

@@ -121,7 +121,7 @@ def test_hyperflows_lands_on_any_cost() -> None:
 
 
 def test_rounds_fall_between_a_tenth_and_a_half_of_the_steps() -> None:
-    found = list(contest("weight", "magnitude", target=0.1).rounds(Module(), 1000))
+    found = list(contest("weight", "magnitude", target=0.1).rounds(1000))
     assert [step for step, _ in found] == [13, 26, 40, 53, 66]
     assert [left for _, left in found] == [1000 * kept_fraction(k, 5, 0.9) for k in range(1, 6)]
     assert found[-1][1] == pytest.approx(100)

@@ -27,7 +27,7 @@ from minihyperflows.engine.gpu.update import (
 from minihyperflows.engine.tensor import Tensor
 from minihyperflows.flows.gate import gated_layers
 from minihyperflows.flows.recorder import LayerFlow
-from minihyperflows.nn import Module, Parameter, Weighted
+from minihyperflows.nn import Module, Parameter, Weighted, weighted_layers
 from minihyperflows.nn.optim import SGD, Adam, Optimizer
 
 FIRST_SCALE = 2.0**14  # of the loss, in half precision
@@ -58,7 +58,7 @@ class FlatTraining:
         self.weights, self.presences = weights, presences
         self._gated = gated_layers(net)
         self._growth_interval = 0 if np.dtype(dtype) == np.float32 else GROWTH_INTERVAL
-        layers = _distinct([m for _, m in net.named_modules() if isinstance(m, Weighted)])
+        layers = _distinct(list(weighted_layers(net).values()))
         gated = list(self._gated.values())
         dense = [layer for layer in layers if layer not in gated]
         first = [layer.weight for layer in (*gated, *dense)]

@@ -14,7 +14,7 @@ from minihyperflows.engine.graph import Function
 from minihyperflows.engine.memory import empty
 from minihyperflows.engine.tensor import Tensor, apply
 from minihyperflows.engine.threads import elementwise
-from minihyperflows.nn import Module, Parameter, Weighted
+from minihyperflows.nn import Module, Parameter, Weighted, weighted_layers
 
 # The declared derivative of the gate, which has none of its own: a step is flat on both sides. A
 # quarter is the largest slope of the logistic function, which the gate once was. A constant
@@ -115,7 +115,7 @@ def attach(
     low, high = init
     if not low <= high:
         raise ValueError(f"init must be (low, high) with low <= high, not {init}")
-    layers = [m for _, m in net.named_modules() if isinstance(m, Weighted)]
+    layers = list(weighted_layers(net).values())
     if not layers:
         raise ValueError("nothing to gate: the network has no convolution or linear layer")
     if any(layer.weight_gate for layer in layers):
@@ -131,7 +131,7 @@ def attach(
 
 def gated_layers(net: Module) -> dict[str, Weighted]:
     """The layers of ``net`` that have a gate, by name."""
-    return {name: m for name, m in net.named_modules() if isinstance(m, Weighted) and m.weight_gate}
+    return {name: layer for name, layer in weighted_layers(net).items() if layer.weight_gate}
 
 
 def presences(net: Module) -> dict[str, Parameter]:

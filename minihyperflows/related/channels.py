@@ -100,6 +100,11 @@ def channel_groups(net: Module, input_shape: tuple[int, ...]) -> dict[str, Chann
     return collect(net, tracer, tracer.axes[operations[-1]])
 
 
+def sizes(groups: Mapping[str, ChannelGroup]) -> dict[str, int]:
+    """How many channels each group has."""
+    return {name: group.size for name, group in groups.items()}
+
+
 def group_of_outputs(groups: Mapping[str, ChannelGroup]) -> dict[str, str]:
     """For every layer the name of the group that its outputs are in."""
     return {layer: name for name, group in groups.items() for layer in group.outputs}

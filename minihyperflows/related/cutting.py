@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from minihyperflows.engine.backend import to_device, to_numpy
-from minihyperflows.nn import Buffer, Conv2d, Module, Parameter, Weighted
+from minihyperflows.nn import Buffer, Conv2d, Module, Parameter, Weighted, weighted_layers
 from minihyperflows.nn.init import fan_in
 from minihyperflows.related.channels import ChannelGroup, channel_groups
 
@@ -64,7 +64,7 @@ def set_widths(net: Module, input_shape: tuple[int, ...], widths: Mapping[str, i
         KeyError, ValueError: as :func:`cut`.
     """
     groups = channel_groups(net, input_shape)
-    layers = [m for _, m in net.named_modules() if isinstance(m, Weighted)]
+    layers = list(weighted_layers(net).values())
     before = [fan_in(layer.weight.shape) for layer in layers]
     cut(net, groups, {name: np.arange(groups[name].size) < n for name, n in widths.items()})
     for layer, fan in zip(layers, before, strict=True):

@@ -35,7 +35,7 @@ import numpy as np
 from minihyperflows.engine.backend import to_device, to_numpy
 from minihyperflows.engine.graph import no_grad
 from minihyperflows.engine.tensor import Tensor
-from minihyperflows.nn.layers import Weighted
+from minihyperflows.nn.layers import Weighted, weighted_layers
 from minihyperflows.nn.module import Module
 from minihyperflows.related.derivatives import Arrays, Landscape
 
@@ -211,7 +211,7 @@ def importance(
 def layers_by_weight(net: Module) -> dict[str, Weighted]:
     """The convolutions and linear layers by the names of their weights, as in
     ``net.named_parameters()``: a layer that is used in several places has one name."""
-    layers = [module for _, module in net.named_modules() if isinstance(module, Weighted)]
+    layers = list(weighted_layers(net).values())
     by_weight = {layer.weight: layer for layer in reversed(layers)}
     named = net.named_parameters().items()
     return {name: by_weight[p] for name, p in named if p in by_weight}

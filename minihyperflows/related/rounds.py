@@ -21,7 +21,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from minihyperflows.nn.layers import Weighted
+from minihyperflows.nn.layers import weighted_layers
 from minihyperflows.nn.module import Module
 from minihyperflows.related.channels import channel_groups
 from minihyperflows.related.filters import channel_scores, remove_filters, widths
@@ -97,8 +97,8 @@ def prune_weights(
 
 def finish(net: Module) -> None:
     """Write the zeros of the masks into the weights and take the masks off: the same function."""
-    for _, layer in net.named_modules():
-        if isinstance(layer, Weighted) and layer.weight_gate is not None:
+    for layer in weighted_layers(net).values():
+        if layer.weight_gate is not None:
             layer.weight.data = layer.effective_weight().data
             layer.weight_gate = None
 

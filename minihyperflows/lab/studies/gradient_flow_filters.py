@@ -32,7 +32,7 @@ from minihyperflows.lab.studies.gradient_flow_runs import (
 from minihyperflows.nn import Module, models
 from minihyperflows.nn.models.resnet import BasicBlock, ResNet
 from minihyperflows.nn.models.vgg import VGG, VGG13
-from minihyperflows.related.channels import channel_groups
+from minihyperflows.related.channels import channel_groups, sizes
 from minihyperflows.related.dhp.cost import layer_costs, macs, widths_at
 from minihyperflows.related.filters import safeguard, widths
 from minihyperflows.related.rounds import Round, Scores, Train, prune_filters, prune_to_widths
@@ -137,27 +137,27 @@ def uniform(
     each of the widths in ``course``."""
     groups = channel_groups(whole, image)
     costs = layer_costs(whole, image, groups)
-    full = {name: group.size for name, group in groups.items()}
+    full = sizes(groups)
     found = []
-    for sizes in course:
-        ratio = macs(costs, full | dict(sizes)) / macs(costs, full)
+    for kept in course:
+        ratio = macs(costs, full | dict(kept)) / macs(costs, full)
         chosen = widths_at(ratio, costs, groups, floors=safeguard(groups))
-        found.append({name: chosen[name] for name in sizes})
+        found.append({name: chosen[name] for name in kept})
     return found
 
 
 def size(net: Module, whole: Module, image: tuple[int, ...]) -> Row:
     """How wide and how costly a network is, against the one that it comes from. ``widths`` has a
     number for each group of channels, in their order, with spaces between."""
-    sizes, full = (channel_groups(n, image) for n in (net, whole))
+    now, full = (channel_groups(n, image) for n in (net, whole))
     work = [
-        macs(layer_costs(n, image, groups), {name: g.size for name, g in groups.items()})
-        for n, groups in ((net, sizes), (whole, full))
+        macs(layer_costs(n, image, groups), sizes(groups))
+        for n, groups in ((net, now), (whole, full))
     ]
     return {
-        "remaining": sum(widths(sizes).values()),
+        "remaining": sum(widths(now).values()),
         "total": sum(widths(full).values()),
-        "widths": " ".join(map(str, widths(sizes).values())),
+        "widths": " ".join(map(str, widths(now).values())),
         "full_widths": " ".join(map(str, widths(full).values())),
         "macs": work[0],
         "macs_fraction": work[0] / work[1],

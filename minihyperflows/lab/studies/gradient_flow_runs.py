@@ -140,22 +140,54 @@ class Task:
     def scores(self, ranking: Ranking, level: str, seed: int) -> Scores:
         """A function that scores a network in evaluation mode, each time with other images."""
         images, draws = np.random.default_rng([seed, 1]), np.random.default_rng([seed, 2])
-        number = min(self.plan.scored, len(self.labels))
-
-        def score(net: Module) -> dict[str, np.ndarray]:
-            chosen = images.choice(len(self.labels), number, replace=False)
-            x, labels = self.x[chosen], self.labels[chosen]
-            options: dict[str, Any] = {"batch_size": self.plan.batch_size, "dtype": DTYPE}
-            kind = ranking.score, level, ranking.temperature, "eval"
-            return importance(net, x, labels, *kind, rng=draws, **options)
-
-        return score
+        return scorer(
+            ranking,
+            level,
+            lambda chosen: self.x[chosen],
+            self.labels,
+            number=self.plan.scored,
+            batch_size=self.plan.batch_size,
+            images=images,
+            draws=draws,
+        )
 
     def landscape(self, net: Module) -> Landscape:
         """The loss on the probed images."""
         probed = slice(self.plan.probed)
         x, labels = self.x[probed], self.labels[probed]
         return Landscape(net, x, labels, mode="eval", batch_size=PROBE_BATCH)
+
+
+def scorer(
+    ranking: Ranking,
+    level: str,
+    look: Callable[[np.ndarray], np.ndarray],
+    labels: np.ndarray,
+    *,
+    number: int,
+    batch_size: int,
+    images: np.random.Generator,
+    draws: np.random.Generator,
+) -> Scores:
+    """A function that scores a network in evaluation mode, each time with other images.
+
+    Args:
+        ranking, level: which score, of weights or of filters.
+        look: the images with given numbers, normalised.
+        labels: of all images.
+        number: how many images a score is computed from; at most all.
+        batch_size: how many at once.
+        images: chooses them.
+        draws: for random scores.
+    """
+
+    def score(net: Module) -> dict[str, np.ndarray]:
+        chosen = images.choice(len(labels), min(number, len(labels)), replace=False)
+        options: dict[str, Any] = {"batch_size": batch_size, "dtype": DTYPE}
+        kind = ranking.score, level, ranking.temperature, "eval"
+        return importance(net, look(chosen), labels[chosen], *kind, rng=draws, **options)
+
+    return score
 
 
 # -- training ------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minihyperflows import flows, optim
-from minihyperflows.flows.gate import gated_layers
+from minihyperflows.flows.gate import counts, gated_layers
 from minihyperflows.flows.law import mean_half_width
 from minihyperflows.lab.data import normalise
 from minihyperflows.lab.errors import UserError
@@ -72,21 +72,20 @@ from minihyperflows.lab.studies.dhp_runs import (
 )
 from minihyperflows.lab.studies.dhp_tables import text_of
 from minihyperflows.lab.studies.dhp_tasks import DTYPE, EXPERIMENTS, Experiment, Task, steps_of
-from minihyperflows.lab.studies.gradient_flow_runs import Ranking
+from minihyperflows.lab.studies.gradient_flow_runs import Ranking, scorer
 from minihyperflows.nn import Module, weighted_layers
 from minihyperflows.related import dhp, rounds
-from minihyperflows.related.channels import ChannelGroup, channel_groups
+from minihyperflows.related.channels import ChannelGroup, channel_groups, sizes
 from minihyperflows.related.dhp.cost import LayerCost
 from minihyperflows.related.filters import channel_scores, remove_filters, safeguard
-from minihyperflows.related.importance import importance
 from minihyperflows.related.pruners import attach_masks
 from minihyperflows.related.ranking import Masks, keep_within, kept_fraction
+from minihyperflows.related.rounds import Scores
 
 MODULE = "minihyperflows.lab.studies.neighbours"
 COUNTED = (MACS, WEIGHTS)
 TARGETS = (0.3, 0.1)
 SEEDS = (0, 1, 2, 3, 4)
-NETWORKS = ("conv-digits", "conv-mnist", "conv-cifar10")
 
 WEIGHT, FILTER, WHOLE = "weight", "filter", ""
 SCORES = ("random", "magnitude", "loss", "biased-loss", "grasp-200", "preserve-1")
@@ -158,11 +157,6 @@ def layer_costs(
     return dhp.layer_costs(net, image, groups)
 
 
-def sizes(groups: Mapping[str, ChannelGroup]) -> dict[str, int]:
-    """How many channels each group has."""
-    return {name: group.size for name, group in groups.items()}
-
-
 # -- the methods ---------------------------------------------------------------------------------
 
 
@@ -193,26 +187,26 @@ class Contest:
         """The step at which this fraction of all is over."""
         return round(fraction * self.steps)
 
-    def rounds(self, net: Module, whole: float) -> Iterator[tuple[int, float]]:
+    def rounds(self, whole: float) -> Iterator[tuple[int, float]]:
         """For each round of pruning its step, and how much may be left then of ``whole``."""
         for k in range(1, ROUNDS + 1):
             when = START + (END - START) * (k - 1) / (ROUNDS - 1)
             yield self.at(when), kept_fraction(k, ROUNDS, 1 - self.run.goal) * whole
 
-    def scores(self, rankings: Mapping[str, Ranking]) -> Callable[[Module], dict[str, np.ndarray]]:
+    def scores(self, rankings: Mapping[str, Ranking]) -> Scores:
         """The method's scores, each time on other images."""
-        ranking, data = rankings[self.run.method], self.task.data
+        data = self.task.data
         images, draws = (stream(self.run.seed, what) for what in (IMAGES, DRAWS))
-
-        def score(net: Module) -> dict[str, np.ndarray]:
-            count = len(data.train_y)
-            chosen = images.choice(count, min(SCORED, count), replace=False)
-            x = normalise(data.train_x[chosen], data, DTYPE)
-            kind = ranking.score, self.run.level, ranking.temperature, "eval"
-            options: dict[str, Any] = {"batch_size": self.task.batch_size, "dtype": DTYPE}
-            return importance(net, x, data.train_y[chosen], *kind, rng=draws, **options)
-
-        return score
+        return scorer(
+            rankings[self.run.method],
+            self.run.level,
+            lambda chosen: normalise(data.train_x[chosen], data, DTYPE),
+            data.train_y,
+            number=SCORED,
+            batch_size=self.task.batch_size,
+            images=images,
+            draws=draws,
+        )
 
 
 def train_whole(contest: Contest) -> Module:
@@ -228,7 +222,7 @@ def prune_weights(contest: Contest) -> Module:
     price = prices(net, contest.task.input_shape, contest.run.counted)
     masks = attach_masks(net)
     whole = price_of({name: mask.present for name, mask in masks.items()}, price)
-    for step, limit in contest.rounds(net, whole):
+    for step, limit in contest.rounds(whole):
         contest.course.advance(net, step)
         found = score(net)
         scores = {name: found[f"{name}.weight"] for name in masks}
@@ -248,7 +242,7 @@ def prune_filters(contest: Contest) -> Module:
     groups = channel_groups(net, image)
     least = safeguard(groups)
     whole = dhp.macs(layer_costs(net, image, groups, counted), sizes(groups))
-    for step, limit in contest.rounds(net, whole):
+    for step, limit in contest.rounds(whole):
         contest.course.advance(net, step)
         groups = channel_groups(net, image)
         costs = layer_costs(net, image, groups, counted)
@@ -281,12 +275,12 @@ def hyperflows(contest: Contest) -> Module:
     begin, end, landing = (contest.at(part) for part in (START, END, LANDING))
     course.advance(net, begin)
     flows.attach(net, rng=stream(run.seed, PRESENCES))
-    whole = price_of({name: t.data >= -np.inf for name, t in by_layer(net).items()}, price)
+    whole = sum(price[name] * total for name, (_, total) in counts(net).items())
     presence = optim.Adam(flows.presences(net).values(), PRESENCE_LR)
     scheduler = flows.PressureScheduler(1 - (1 - SHARE) * run.goal, PERIODS, PRESSURE_STEP)
 
     def left() -> float:
-        return price_of({n: t.data >= 0 for n, t in by_layer(net).items()}, price) / whole
+        return sum(price[name] * present for name, (present, _) in counts(net).items()) / whole
 
     def press(step: int) -> None:
         presence.step()

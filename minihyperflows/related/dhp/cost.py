@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from minihyperflows.nn import Module, weighted_layers
 from minihyperflows.nn.counting import flops
-from minihyperflows.related.channels import ChannelGroup, group_of_inputs, group_of_outputs
+from minihyperflows.related.channels import ChannelGroup, group_of_inputs, group_of_outputs, sizes
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def widths_at(
         ValueError: the fewest channels cost more.
     """
     floors, shares = floors or {}, shares or {}
-    whole = {name: group.size for name, group in groups.items()}
+    whole = sizes(groups)
 
     def widths(s: float) -> dict[str, int]:
         scaled = {n: max(floors.get(n, 1), round(s * shares.get(n, 1.0) * whole[n])) for n in whole}

@@ -22,6 +22,7 @@ from minihyperflows.related.channels import (
     channel_groups,
     group_of_inputs,
     group_of_outputs,
+    sizes,
 )
 from minihyperflows.related.dhp.cost import layer_costs, macs
 from minihyperflows.related.dhp.layers import EMBEDDING, HyperLayer, draw_latent
@@ -165,7 +166,7 @@ class HyperNetwork(Module):
 
     def sizes(self) -> dict[str, int]:
         """The number of channels that there are, for every group."""
-        return {name: group.size for name, group in self.groups.items()}
+        return sizes(self.groups)
 
     def widths(self) -> dict[str, int]:
         """The number of channels that survive, for every group."""
