@@ -29,6 +29,8 @@ from minihyperflows.lab.studies.dhp_tasks import (
     with_noise,
 )
 from minihyperflows.nn import Module
+from minihyperflows.related import dhp
+from minihyperflows.related.channels import channel_groups, sizes
 from minihyperflows.related.ranking import shuffled
 
 STEPS = 22  # of an epoch of the digits
@@ -408,3 +410,17 @@ def test_every_experiment_can_be_searched() -> None:
         run, found = dhp_runs.begin(experiment, task, Settings(experiment.targets[0]), seed=0)
         assert 0 < run.l1 * run.lr * steps_of(experiment.search, task) < 5, name
         assert dhp_runs.prunable(found.network), name
+
+
+@pytest.mark.parametrize("name, side", [("conv-mnist", (14, 14, 1)), ("conv-cifar10", (32, 32, 3))])
+def test_what_is_left_of_a_wide_network_costs_no_more_than_the_plain_one(name, side) -> None:
+    """And it costs nearly as much, so that the two can be compared."""
+    wide, plain = EXPERIMENTS[f"{name}-wide"], EXPERIMENTS[name]
+    costs = []
+    for experiment in (plain, wide):
+        net = experiment.build(np.random.default_rng(0))
+        groups = channel_groups(net, side)
+        costs.append(dhp.macs(dhp.layer_costs(net, side, groups), sizes(groups)))
+    most = wide.targets[0] + dhp_runs.STOP_LIMIT
+    assert 0.95 < most * costs[1] / costs[0] < 1
+    assert (plain.budget, plain.images) == (wide.budget, wide.images)

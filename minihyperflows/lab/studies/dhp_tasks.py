@@ -212,14 +212,15 @@ def mlp(inputs: int, hidden: int) -> Build:
     return build
 
 
-def convnet(side: int, inputs: int = 1) -> Build:
-    """For images of ``inputs`` channels: four 3x3 convolutions with batch norm, 16 to 64 channels;
-    the average of a map of side / 4; a linear layer."""
+def convnet(side: int, inputs: int = 1, times: int = 1) -> Build:
+    """For images of ``inputs`` channels: four 3x3 convolutions with batch norm, of ``times`` 16 to
+    64 channels; the average of a map of side / 4; a linear layer."""
 
     def build(rng: np.random.Generator) -> Module:
         layers: list[Module] = []
         channels = inputs
-        for width, stride in ((16, 2), (32, 1), (32, 2), (64, 1)):
+        for size, stride in ((16, 2), (32, 1), (32, 2), (64, 1)):
+            width = times * size
             layers.append(conv(channels, width, 3, stride, rng=rng, dtype=DTYPE))
             layers += [nn.BatchNorm2d(width, dtype=DTYPE), nn.ReLU()]
             channels = width
@@ -317,6 +318,7 @@ class Experiment:
 
 _AUGMENT = (("augment", True),)
 _DENOISING: dict[str, Any] = {"task": Denoising, "training": ADAM, "targets": (0.6, 0.4, 0.2)}
+_FROM_WIDE: dict[str, Any] = {"targets": (0.23,), "classifier_keeps": 0.0}
 
 EXPERIMENTS = {
     "mlp-digits": Experiment("digits", mlp(64, 64), budget=60, search=30, classifier_keeps=0),
@@ -327,6 +329,19 @@ EXPERIMENTS = {
     "conv-mnist": Experiment("mnist", convnet(14), budget=10, search=5, images=10_000),
     "conv-cifar10": Experiment(
         "cifar10", convnet(32, 3), budget=6, search=3, images=10_000, options=_AUGMENT
+    ),
+    # twice as wide; what is to be left costs at most as much as the network above, whole
+    "conv-mnist-wide": Experiment(
+        "mnist", convnet(14, times=2), budget=10, search=5, images=10_000, **_FROM_WIDE
+    ),
+    "conv-cifar10-wide": Experiment(
+        "cifar10",
+        convnet(32, 3, times=2),
+        budget=6,
+        search=3,
+        images=10_000,
+        options=_AUGMENT,
+        **_FROM_WIDE,
     ),
     "resnet20-small-cifar10": Experiment(
         "cifar10", resnet20(stem_stride=4), budget=8, search=3, targets=(0.5,), options=_AUGMENT
