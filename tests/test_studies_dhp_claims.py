@@ -412,7 +412,9 @@ def test_every_experiment_can_be_searched() -> None:
         assert dhp_runs.prunable(found.network), name
 
 
-@pytest.mark.parametrize("name, side", [("conv-mnist", (14, 14, 1)), ("conv-cifar10", (32, 32, 3))])
+@pytest.mark.parametrize(
+    ("name", "side"), [("conv-mnist", (14, 14, 1)), ("conv-cifar10", (32, 32, 3))]
+)
 def test_what_is_left_of_a_wide_network_costs_no_more_than_the_plain_one(name, side) -> None:
     """And it costs nearly as much, so that the two can be compared."""
     wide, plain = EXPERIMENTS[f"{name}-wide"], EXPERIMENTS[name]
