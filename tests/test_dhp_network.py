@@ -148,6 +148,32 @@ def test_what_is_trained() -> None:
     assert sum(p.size for p in trained) > 10 * sum(p.size for p in replaced)
 
 
+def test_another_hypernetwork_can_make_a_weight(rng: np.random.Generator) -> None:
+    """It is called with the layer's latents, trained, and saved; the old one is none of these."""
+    network = hyper_network("vgg19")
+    name = next(iter(network.layers))
+    old, gate = network.layers[name], gates(network)[name]
+
+    class Outer(nn.Module):
+        def __init__(self, shape: tuple[int, ...]) -> None:
+            self.v = nn.Parameter(rng.standard_normal(shape))
+
+        def generate(self, z_in: Tensor, z_out: Tensor) -> Tensor:
+            assert z_in is gate.z_in
+            assert z_out is gate.z_out
+            return self.v * 1.0
+
+    new = Outer(old.shape)
+    network.replace(name, new)  # type: ignore[arg-type] - it has the method, that is enough
+    network(Tensor(rng.standard_normal((2, *IMAGE)))).sum().backward()
+    assert abs(new.v.grad).max() > 0
+    assert any(p is new.v for p in network.parameters())
+    assert not {id(p) for p in old.parameters()} & {id(p) for p in network.parameters()}
+    assert f"layers.{name}.v" in network.state_dict()
+    with pytest.raises(ValueError, match="no hypernetwork makes the weight of 'fc'"):
+        network.replace("fc", old)
+
+
 def test_a_network_is_taken_once(rng: np.random.Generator) -> None:
     net = build("resnet20", rng)
     HyperNetwork(net, IMAGE, rng=rng)

@@ -136,6 +136,22 @@ class HyperNetwork(Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
+    def replace(self, layer: str, hypernetwork: HyperLayer) -> None:
+        """Let another hypernetwork make the weight of the layer of this name; the latents stay.
+
+        It need not be a :class:`HyperLayer`: a module with a method ``generate(z_in, z_out)`` that
+        returns the weight will do.
+
+        Raises:
+            ValueError: no hypernetwork makes the weight of such a layer.
+        """
+        if layer not in self.layers:
+            made = ", ".join(self.layers)
+            raise ValueError(f"no hypernetwork makes the weight of {layer!r}; they make {made}")
+        gate = weighted_layers(self.net)[layer].weight_gate
+        assert isinstance(gate, GeneratedWeight)
+        self.layers[layer] = gate.hypernetwork = hypernetwork
+
     def _latent(self, name: str, size: int, options: dict[str, Any]) -> Parameter:
         """The latent vector called ``name``, drawn if it is not there yet."""
         if name not in self.latents:
