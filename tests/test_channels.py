@@ -26,7 +26,16 @@ def network(name: str, rng: np.random.Generator) -> tuple[nn.Module, tuple[int, 
     return getattr(models, name)(width=0.25, rng=rng), IMAGE
 
 
-NETWORKS = ["lenet300", "vgg13", "vgg19", "resnet20", "resnet50", "resnet164", "mobilenet_v1"]
+NETWORKS = [
+    "lenet300",
+    "vgg13",
+    "vgg19",
+    "resnet20",
+    "resnet50",
+    "resnet164",
+    "mobilenet_v1",
+    "mobilenet_v2",
+]
 
 
 @pytest.mark.parametrize("name", NETWORKS)

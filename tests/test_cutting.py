@@ -14,7 +14,7 @@ from minihyperflows.related.channels import ChannelGroup, channel_groups
 from minihyperflows.related.cutting import cut, set_widths
 
 IMAGE = (32, 32, 3)
-NETWORKS = ["lenet300", "vgg13", "resnet20", "resnet50", "mobilenet_v1"]
+NETWORKS = ["lenet300", "vgg13", "resnet20", "resnet50", "mobilenet_v1", "mobilenet_v2"]
 
 
 def network(name: str, rng: np.random.Generator, dtype: Any = np.float64) -> nn.Module:

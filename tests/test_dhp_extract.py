@@ -43,7 +43,7 @@ def test_below_the_threshold_is_not_zero() -> None:
     assert network.widths()["conv1"] == 10
 
 
-@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v1"])
+@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v1", "mobilenet_v2"])
 def test_the_generated_network_computes_the_same(name: str) -> None:
     network = hyper_network(name, dtype=np.float64)
     x = np.random.default_rng(1).standard_normal((2, *IMAGE))
@@ -79,7 +79,7 @@ def test_extraction_cuts_what_was_generated() -> None:
     assert extract(network, other).state_dict()["conv1.weight"].shape == (5, 3, 3, 3)
 
 
-@pytest.mark.parametrize("name", ["resnet20", "vgg13", "mobilenet_v1"])
+@pytest.mark.parametrize("name", ["resnet20", "vgg13", "mobilenet_v1", "mobilenet_v2"])
 def test_without_biases_channels_with_latent_zero_can_go(name: str) -> None:
     """Nothing reads a channel whose latent is zero, so the cut changes nothing. With biases, which
     are not zero after training, it does."""

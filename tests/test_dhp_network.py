@@ -78,6 +78,18 @@ def test_a_depthwise_layer_goes_with_the_layer_before_it() -> None:
     assert extract(some).state_dict()["classifier.weight"].shape == (10, 52)
 
 
+def test_inverted_residuals_share_a_latent_in_each_stage() -> None:
+    """Images, seven stages, the stem; for each block what it expands to (but the first, which does
+    not) and the one entry of its depthwise layer; the last layer."""
+    network = hyper_network("mobilenet_v2", embedding=1)
+    made = latent_of_outputs(network)
+    assert len(network.latents) == 1 + 7 + 1 + (16 + 17) + 1
+    assert made["features.4.conv.2"] is made["features.5.conv.2"] is made["features.6.conv.2"]
+    assert made["features.6.conv.2"] is not made["features.7.conv.2"]
+    assert made["features.5.conv.0.0"] is made["features.5.conv.1.0"]
+    assert made["features.1.conv.0.0"] is made["features.0.0"]
+
+
 def test_chains_have_a_latent_for_each_layer() -> None:
     network = hyper_network("vgg13", minimum=2)
     assert len(network.latents) == 11
@@ -214,6 +226,8 @@ def bottleneck110(rng: np.random.Generator) -> nn.Module:
         ("resnet164", 247.65, 254.18, 1.704),
         (lambda rng: models.mobilenet_v1(200, rng=rng), 46.55, 47.37, 3.412),
         (lambda rng: models.mobilenet_v1(200, 2.0, rng=rng), 181.18, 182.83, 13.10),
+        (lambda rng: models.mobilenet_v2(200, rng=rng), 88.22, 91.50, 2.480),
+        (lambda rng: models.mobilenet_v2(200, 2.0, rng=rng), 338.84, 345.40, 9.209),
     ],
 )
 def test_dense_networks_cost_what_the_authors_counter_says(
@@ -231,7 +245,7 @@ def test_dense_networks_cost_what_the_authors_counter_says(
     assert parameters / 1e6 == pytest.approx(mega_parameters, rel=2e-3)
 
 
-@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v1", "vgg13", "lenet300"])
+@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v1", "mobilenet_v2", "vgg13", "lenet300"])
 def test_weights_can_be_counted_in_the_place_of_multiplications(name: str) -> None:
     """Of the whole network and of what is left; a weight is used once for each output pixel."""
     network = hyper_network(name, embedding=1)

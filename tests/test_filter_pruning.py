@@ -163,11 +163,11 @@ def network(name: str, rng: np.random.Generator) -> tuple[nn.Module, tuple[int, 
         return nn.Sequential(*layers, nn.Linear(6 * 9, 8, **options), nn.ReLU()), (8, 8, 3)
     if name == "resnet50":
         return models.resnet50(width=0.0625, stem_stride=2, **options), (16, 16, 3)
-    width = 0.0625 if name == "mobilenet_v1" else 0.125
+    width = 0.0625 if name.startswith("mobilenet") else 0.125
     return getattr(models, name)(width=width, **options), IMAGE
 
 
-NETWORKS = ["lenet300", "flatten", "vgg13", "resnet20", "resnet50", "mobilenet_v1"]
+NETWORKS = ["lenet300", "flatten", "vgg13", "resnet20", "resnet50", "mobilenet_v1", "mobilenet_v2"]
 
 
 def unsettle(net: nn.Module, rng: np.random.Generator) -> None:

@@ -1,7 +1,12 @@
 """Whole networks, built for images of MNIST's and CIFAR's sizes."""
 
 from minihyperflows.nn.models.lenet import LeNet300, lenet300
-from minihyperflows.nn.models.mobilenet import MobileNetV1, mobilenet_v1
+from minihyperflows.nn.models.mobilenet import (
+    MobileNetV1,
+    MobileNetV2,
+    mobilenet_v1,
+    mobilenet_v2,
+)
 from minihyperflows.nn.models.resnet import ResNet, resnet, resnet50
 from minihyperflows.nn.models.vgg import VGG, vgg13, vgg19
 
@@ -9,9 +14,11 @@ __all__ = [
     "VGG",
     "LeNet300",
     "MobileNetV1",
+    "MobileNetV2",
     "ResNet",
     "lenet300",
     "mobilenet_v1",
+    "mobilenet_v2",
     "resnet",
     "resnet50",
     "vgg13",
