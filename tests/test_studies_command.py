@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,18 @@ COMMANDS = [
     for _, name, _ in pkgutil.iter_modules(studies.__path__)
     if hasattr(importlib.import_module(f"{studies.__name__}.{name}"), "main")
 ]
+DIGITS = {  # the words with which a study needs no other data set
+    "alternatives": ["--recipe", "lenet300-digits"],
+    "equilibrium": ["lenet300-digits-gamma"],
+    "regrowth": ["--dataset", "digits"],
+    "removal": ["--recipe", "lenet300-digits"],
+}
+RESULTS = Path(__file__).parents[1] / "chapters" / "results"
+CONTINUED = [name for name in COMMANDS if name not in ("convergence", "inside")]
+
+
+def main_of(study: str):
+    return importlib.import_module(f"{studies.__name__}.{study}").main
 
 
 @pytest.mark.parametrize(
@@ -49,5 +62,44 @@ def test_other_errors_are_not_hidden() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_study_reports_so(name: str) -> None:
-    main = importlib.import_module(f"{studies.__name__}.{name}").main
-    assert main.__code__ is reporting()(lambda: None).__code__
+    assert main_of(name).__code__ is reporting()(lambda: None).__code__
+
+
+@pytest.mark.parametrize("name", CONTINUED)
+def test_no_run_is_done_if_it_cannot_be_recorded(name: str, tmp_path: Path, capsys) -> None:
+    """Neither without a folder, nor into a table of something else, which stays as it is."""
+    other = tmp_path / "other.csv"
+    other.write_text("walk,score\n1,0.5\n")
+    for out, message in (
+        (tmp_path / "nowhere" / "a.csv", f"there is no folder {tmp_path / 'nowhere'}\n"),
+        (other, f"error: {other} is not a record of this study: it has no column"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main_of(name)([*DIGITS.get(name, ()), "--out", str(out)])
+        assert end.value.code == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert other.read_text() == "walk,score\n1,0.5\n"
+
+
+@pytest.mark.parametrize("name", ["alternatives", "dhp_claims", "gradient_flow_claims"])
+def test_joining_loses_nothing(name: str, tmp_path: Path, capsys) -> None:
+    """What is in FILE stays; what cannot be read is told, before anything is written."""
+    record = {
+        "alternatives": "alternatives",
+        "dhp_claims": "dhp",
+        "gradient_flow_claims": "gradient-flow-weights",
+    }[name]
+    lines = (RESULTS / f"{record}.csv").read_text().splitlines(keepends=True)
+    for file, rows in (("out", lines[1:4]), ("a", lines[3:6])):
+        (tmp_path / f"{file}.csv").write_text("".join([lines[0], *rows]))
+    words = ["--out", str(tmp_path / "out.csv"), "--join"]
+    main_of(name)([*words, str(tmp_path / "a.csv")])
+    before = (tmp_path / "out.csv").read_text()
+    assert len(before.splitlines()) == 6
+    (tmp_path / "b.csv").write_text("".join(lines[:8])[:-20])
+    with pytest.raises(SystemExit):
+        main_of(name)([*words, str(tmp_path / "b.csv")])
+    assert "remove that line" in capsys.readouterr().err
+    assert (tmp_path / "out.csv").read_text() == before

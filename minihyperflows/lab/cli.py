@@ -23,7 +23,7 @@ from minihyperflows.lab.data import NAMES
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.gpu_bench import GpuBenchSettings, measure_on_gpu
 from minihyperflows.lab.recipes import RECIPES, Recipe, find
-from minihyperflows.lab.records import collect
+from minihyperflows.lab.records import collect, require_folder
 from minihyperflows.lab.runs import RunFolder, run, versions
 from minihyperflows.lab.sweep import SweepFolder, parse_gammas, run_sweep
 
@@ -341,8 +341,8 @@ def print_info(_: argparse.Namespace) -> None:
 
 def bench_networks(options: argparse.Namespace) -> None:
     """``bench``: time training beside PyTorch's, and print a table."""
-    if options.json and not options.json.parent.is_dir():  # say so before minutes of work
-        raise UserError(f"cannot write {options.json}: there is no folder {options.json.parent}")
+    if options.json:
+        require_folder(options.json)  # before minutes of work
     if options.device == "cuda":
         bench_on_gpu(options)
         return

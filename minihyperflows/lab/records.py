@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from minihyperflows.lab.checkpoint import read_json, write_atomically
 from minihyperflows.lab.errors import UserError
@@ -28,6 +28,10 @@ RESULTS = (
 )
 PROVENANCE = ("device", "dtype", "date", "commit", "command")
 
+Row: TypeAlias = dict[str, Any]
+
+# -- the runs of folders -------------------------------------------------------------------------
+
 
 def collect(folders: Sequence[Path], out: Path) -> int:
     """Write a row for every finished run in ``folders`` to the CSV file ``out``.
@@ -44,7 +48,7 @@ def collect(folders: Sequence[Path], out: Path) -> int:
     return len(rows)
 
 
-def _row(folder: Path) -> dict[str, Any]:
+def _row(folder: Path) -> Row:
     summary_file = folder / "summary.json"
     if not summary_file.exists():
         raise UserError(f"{folder} holds no finished run (it has no summary.json)")
@@ -56,7 +60,7 @@ def _row(folder: Path) -> dict[str, Any]:
     return head | settings(recipe) | density | body | summary["versions"]
 
 
-def settings(recipe: Recipe) -> dict[str, Any]:
+def settings(recipe: Recipe) -> Row:
     """What tells the runs of a sweep and of its variants apart, beside the seed."""
     return {
         "gamma": recipe.pressure.gamma,
@@ -67,7 +71,10 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def write_records(path: Path, rows: Sequence[dict[str, Any]], digits: int | None = None) -> None:
+# -- tables --------------------------------------------------------------------------------------
+
+
+def write_records(path: Path, rows: Sequence[Row], digits: int | None = None) -> None:
     """Replace the CSV file ``path`` by one with these rows.
 
     It has the columns of all rows, in the order in which they come up. ``digits``: how many of a
@@ -85,10 +92,53 @@ def _rounded(value: Any, digits: int | None) -> Any:
     return f"{value:.{digits}g}" if digits and isinstance(value, float) else value
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The rows of a table written by :func:`collect`, numbers as numbers."""
-    with open(path, encoding="utf-8", newline="") as file:
-        return [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
+def read_records(path: Path | str, columns: Sequence[str] = ()) -> list[Row]:
+    """The rows of a table written by :func:`write_records`, numbers as numbers.
+
+    Args:
+        path: the CSV file.
+        columns: what tells that it is a record of the study that reads it.
+
+    Raises:
+        UserError: there is no such file, it is no table, its end is missing, or it lacks a column.
+    """
+    names, lines = _parsed(path, _text(path))
+    for name in columns:
+        if name not in names:
+            raise UserError(f"{path} is not a record of this study: it has no column {name!r}")
+    return [dict(zip(names, map(_number, line), strict=True)) for line in lines]
+
+
+def _text(path: Path | str) -> str:
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            return file.read()
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a table: it is no text") from None
+
+
+def _parsed(path: Path | str, text: str) -> tuple[list[str], list[list[str]]]:
+    """The names of the columns, and the lines below them."""
+    advice = "copy it again, or remove that line"
+    if text and not text.endswith("\n"):  # a number may have lost digits
+        raise UserError(f"{path} is cut off in its last line: {advice}")
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    lines = []
+    try:
+        names = next(reader, [])
+        for line in filter(None, reader):
+            if len(line) != len(names):
+                wrong = f"it has {len(line)} values for {len(names)} columns"
+                raise UserError(f"{path} is broken in line {reader.line_num}, {wrong}: {advice}")
+            lines.append(line)
+    except csv.Error as error:
+        place = f"in line {reader.line_num} ({error})"
+        raise UserError(f"{path} is broken {place}: {advice}") from None
+    return names, lines
 
 
 def _number(text: str) -> Any:
@@ -98,3 +148,116 @@ def _number(text: str) -> Any:
         except ValueError:
             continue
     return text
+
+
+# -- the file of a study, which is its state -------------------------------------------------------
+
+Identity: TypeAlias = Callable[[Row], Hashable]
+
+
+def require_folder(path: Path) -> None:
+    """Raise UserError unless there is a folder to write ``path`` into."""
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+
+
+def records_so_far(path: Path, columns: Sequence[str] = ()) -> list[Row]:
+    """The rows that a study goes on with: those of the file, none if it is not there yet.
+
+    To be called before the first run, so that no run is lost for want of a place.
+
+    Raises:
+        UserError: as :func:`read_records`, or there is no folder for the file.
+    """
+    require_folder(path)
+    return read_records(path, columns) if path.exists() else []
+
+
+def join_records(
+    out: Path, files: Sequence[Path], identity: Identity, columns: Sequence[str] = ()
+) -> list[Row]:
+    """The rows of ``out``, if it is there, and those of ``files``, each run once.
+
+    Where several files have a run, the rows of the first stay.
+
+    Args:
+        out: where they will be written; it comes before ``files``.
+        files: of the same study.
+        identity: of the run that a row belongs to; a run may have many rows in a file.
+        columns: as for :func:`read_records`.
+
+    Raises:
+        UserError: as :func:`records_so_far`; of ``files`` all must be there.
+    """
+    rows = records_so_far(out, columns)
+    for file in files:
+        there = {identity(row) for row in rows}
+        rows += [row for row in read_records(file, columns) if identity(row) not in there]
+    return rows
+
+
+class Record:
+    """Several tables that belong together: runs, and details of each.
+
+    FILE has the runs, FILE-PART the details, for each part. What is in FILE is in all tables
+    completely: it is written last, and details of runs that it does not have are left out.
+
+    Args:
+        out: FILE.
+        parts: the names of the other tables.
+        identity: of the run that a row of any table belongs to.
+        columns: that all tables have; as for :func:`read_records`.
+        digits: as for :func:`write_records`.
+        order: by which all tables are sorted; None: rows stay in the order in which they come.
+
+    Attributes:
+        files: those of the parts, and FILE.
+        tables: their rows.
+        done: the identities of the runs.
+
+    Raises:
+        UserError: as :func:`records_so_far`.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        parts: Sequence[str],
+        identity: Identity,
+        columns: Sequence[str],
+        digits: int | None = None,
+        order: Callable[[Row], Any] | None = None,
+    ) -> None:
+        self.parts, self.identity, self.columns = parts, identity, columns
+        self.digits, self.order = digits, order
+        self.files = [*self._details(out), out]
+        self.tables = self._complete(out, records_so_far(out, columns))
+        self.done = set(map(identity, self.tables[-1]))
+
+    def add(self, *new: Sequence[Row]) -> None:
+        """Write the tables with more rows, given for each of ``files``."""
+        for file, table, rows in zip(self.files, self.tables, new, strict=True):
+            if rows:
+                table += rows
+                if self.order:
+                    table.sort(key=self.order)
+                write_records(file, table, self.digits)
+        self.done |= set(map(self.identity, new[-1]))
+
+    def join(self, other: Path) -> None:
+        """Take over the runs of another record that are not here.
+
+        Raises:
+            UserError: as :func:`read_records`.
+        """
+        tables = self._complete(other, read_records(other, self.columns))
+        self.add(*([r for r in table if self.identity(r) not in self.done] for table in tables))
+
+    def _details(self, out: Path) -> list[Path]:
+        return [out.with_name(f"{out.stem}-{part}.csv") for part in self.parts]
+
+    def _complete(self, out: Path, runs: list[Row]) -> list[list[Row]]:
+        """The tables beside ``out``, which has these ``runs``, and ``runs``."""
+        there = set(map(self.identity, runs))
+        details = (records_so_far(file, self.columns) for file in self._details(out))
+        return [*([r for r in table if self.identity(r) in there] for table in details), runs]

@@ -23,7 +23,7 @@ from minihyperflows.lab.cluster import Cluster
 from minihyperflows.lab.data import load
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import Recipe, find
-from minihyperflows.lab.records import collect, read_records
+from minihyperflows.lab.records import collect, read_records, require_folder
 from minihyperflows.lab.runs import RunFolder, as_json, first_difference
 from minihyperflows.lab.workers import (
     ATTEMPTS,
@@ -209,8 +209,8 @@ def run_sweep(
         for seed in range(seeds)
     ]
     table = folder.table if record is None else Path(record)
-    if record is not None and not table.parent.is_dir():
-        raise UserError(f"cannot write {table}: there is no folder {table.parent}")
+    if record is not None:
+        require_folder(table)
     if scheduler is None:
         _try_here(recipe, data_dir, device)
     pool: Pool = Processes(workers) if scheduler is None else Cluster(scheduler)

@@ -29,8 +29,8 @@ cross-entropy over the last epoch, with label smoothing), ``density_LAYER``, ``d
 (of the network it started from; for RigL that of its seed), ``steering_error`` and ``landed_by``
 (Hyperflows: by how much the pressure alone missed its aim, and how many weights the landing moved).
 The file is the state: a run that has its row is not repeated. ``--folder`` keeps the dense
-networks, so that several processes share them, and the final mask of every run. Several files are
-put together with ``--join FILE...``.
+networks, so that several processes share them, and the final mask of every run. ``--join FILE...``
+takes over the runs of other files, and does none.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ from minihyperflows.lab.checkpoint import write_atomically
 from minihyperflows.lab.data import Dataset, load, normalise
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import Recipe, find
-from minihyperflows.lab.records import read_records, write_records
+from minihyperflows.lab.records import join_records, records_so_far, write_records
 from minihyperflows.lab.runs import provenance
 from minihyperflows.lab.studies.command import reporting
 from minihyperflows.lab.train import Trainer, build_network, evaluate
@@ -323,13 +323,9 @@ def paired_differences(rows: Sequence[Row], reference: str = HYPERFLOWS) -> list
 
 
 def join(files: Sequence[Path], out: Path) -> list[Row]:
-    """Write the rows of all files to ``out``, by sparsity, method and seed, each run once."""
-    runs: dict[tuple[Any, ...], Row] = {}
-    for file in files:
-        if not file.exists():
-            raise UserError(f"there is no file {file}")
-        runs |= {_identity(r): r for r in read_records(file)}
-    rows = sorted(runs.values(), key=lambda r: (r["target_sparsity"], r["method"], r["seed"]))
+    """Add the rows of all files to ``out``, by sparsity, method and seed, each run once."""
+    rows = join_records(out, files, _identity, IDENTITY)
+    rows.sort(key=lambda r: (r["target_sparsity"], r["method"], r["seed"]))
     if not rows:
         raise UserError("these files hold no run")
     write_records(out, rows)
@@ -384,7 +380,7 @@ def run_study(
     progress: bool = True,
 ) -> list[Row]:
     """Do the runs that have no row in ``out`` yet; returns all rows."""
-    rows = read_records(out) if out.exists() else []
+    rows = records_so_far(out, IDENTITY)
     done = {_identity(r) for r in rows}
     wanted = [
         (method, sparsity, seed)
@@ -392,7 +388,7 @@ def run_study(
         for method in methods
         for sparsity in ((0.0,) if method == DENSE_CONTROL else sparsities)
     ]
-    missing = [run for run in wanted if (recipe.name, *run) not in done]
+    missing = [run for run in dict.fromkeys(wanted) if (recipe.name, *run) not in done]
     networks = Networks(recipe, data, folder)
     for method, sparsity, seed in tqdm(missing, disable=not progress, unit="run"):
         dense, accuracy = networks[seed]
@@ -408,8 +404,11 @@ def run_study(
     return rows
 
 
+IDENTITY = ("recipe", "method", "target_sparsity", "seed")  # columns
+
+
 def _identity(row: Row) -> tuple[Any, ...]:
-    return row["recipe"], row["method"], row["target_sparsity"], row["seed"]
+    return tuple(row[name] for name in IDENTITY)
 
 
 def source(recipe: Recipe, method: str, sparsity: float, seed: int) -> Row:
@@ -434,7 +433,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--data-dir", help="where MNIST lies")
     parser.add_argument("--folder", type=Path, help="for the dense networks and the masks")
-    parser.add_argument("--join", nargs="+", type=Path, default=(), help="put files together")
+    parser.add_argument("--join", nargs="+", type=Path, default=(), help="only take their runs")
     parser.add_argument("--out", type=Path, required=True, help="the CSV file, continued if there")
     options = parser.parse_args(arguments)
     if options.join:

@@ -293,7 +293,7 @@ def run_study(options: argparse.Namespace) -> None:
         tables.join(file)
     if options.join:
         return
-    missing = [run for run in plan(options) if run not in tables.runs]
+    missing = [run for run in plan(options) if run not in tables.done]
     tasks: dict[str, Task] = {}
     for run in missing:  # what cannot be loaded is noticed before anything is done
         if run.network not in tasks:

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from minihyperflows.lab.errors import UserError
-from minihyperflows.lab.records import read_records, write_records
+from minihyperflows.lab.records import Record
 from minihyperflows.lab.studies.alternatives import Difference, paired_differences
 from minihyperflows.lab.studies.dhp_runs import Widths
 from minihyperflows.lab.studies.dhp_tasks import EXPERIMENTS, Experiment
@@ -65,34 +64,16 @@ def widths_of(text: str) -> Widths:
 # -- the files -----------------------------------------------------------------------------------
 
 
-class Tables:
-    """Runs, looks and groups. What is in the table of runs is in the others completely."""
+class Tables(Record):
+    """Looks, groups and runs."""
 
     def __init__(self, out: Path) -> None:
-        parts = (out.with_name(f"{out.stem}-{part}.csv") for part in ("looks", "groups"))
-        self.files = [*parts, out]  # the runs last
-        tables = [read_records(file) if file.exists() else [] for file in self.files]
-        self.runs = {identity(row): row for row in tables[-1]}
-        self.tables = [[r for r in table if identity(r) in self.runs] for table in tables]
+        super().__init__(out, ("looks", "groups"), identity, COLUMNS, digits=9)
 
-    def add(self, looks: Sequence[Row], groups: Sequence[Row], runs: Sequence[Row]) -> None:
-        """Write the tables with more rows."""
-        for file, table, rows in zip(self.files, self.tables, (looks, groups, runs), strict=True):
-            table += rows
-            if rows:
-                write_records(file, table, digits=9)
-        self.runs |= {identity(row): row for row in runs}
-
-    def join(self, other: Path) -> None:
-        """Take over the runs of another record that are not here.
-
-        Raises:
-            UserError: there is no such file.
-        """
-        if not other.exists():
-            raise UserError(f"there is no file {other}")
-        tables = Tables(other).tables
-        self.add(*([r for r in table if identity(r) not in self.runs] for table in tables))
+    @property
+    def runs(self) -> dict[Run, Row]:
+        """The rows of the runs."""
+        return {identity(row): row for row in self.tables[-1]}
 
 
 # -- reading the tables --------------------------------------------------------------------------

@@ -40,7 +40,7 @@ from minihyperflows.lab.checkpoint import load_checkpoint, read_json
 from minihyperflows.lab.data import Dataset, load, normalise
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import Recipe, find
-from minihyperflows.lab.records import read_records, write_records
+from minihyperflows.lab.records import Record
 from minihyperflows.lab.runs import RunFolder, provenance
 from minihyperflows.lab.studies.command import reporting
 from minihyperflows.lab.sweep import parse_gammas
@@ -222,34 +222,13 @@ def _epoch(record: EpochRecord) -> Row:
     }
 
 
-# -- the files -----------------------------------------------------------------------------------
+# -- the study -----------------------------------------------------------------------------------
 
-
-class Record:
-    """The three tables: runs, their epochs, the distributions. A run is in all of them or none."""
-
-    def __init__(self, out: Path) -> None:
-        parts = (out.with_name(f"{out.stem}-{part}.csv") for part in ("epochs", "supports"))
-        self.files = [*parts, out]  # the runs last: a run that is there is there completely
-        self.rows = [read_records(file) if file.exists() else [] for file in self.files]
-        done = {_identity(row) for row in self.rows[-1]}
-        self.rows = [[row for row in table if _identity(row) in done] for table in self.rows]
-
-    def has(self, recipe: Recipe, seed: int) -> bool:
-        """Whether the run is there already."""
-        wanted = recipe.name, seed, recipe.pressure.gamma
-        return any(_identity(row) == wanted for row in self.rows[-1])
-
-    def add(self, run: list[Row], epochs: list[Row], distribution: list[Row]) -> None:
-        """Write the tables with one run more."""
-        new = (epochs, distribution, run)
-        for file, table, rows in zip(self.files, self.rows, new, strict=True):
-            table += rows
-            write_records(file, table)
+IDENTITY = ("recipe", "seed", "gamma")  # columns
 
 
 def _identity(row: Row) -> tuple[Any, ...]:
-    return row["recipe"], row["seed"], row["gamma"]
+    return tuple(row[name] for name in IDENTITY)
 
 
 @reporting()
@@ -267,16 +246,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if (options.recipe is None) == (not options.runs):
         parser.error("give a recipe, or finished runs with --runs")
-    record = Record(options.out)
+    record = Record(options.out, ("epochs", "supports"), _identity, IDENTITY)
     bar = tqdm(unit="epoch", dynamic_ncols=True)
     for recipe, seed, command, finish in _plan(options, bar):
         name = f"gamma {recipe.pressure.gamma:g} seed {seed}"
-        if record.has(recipe, seed):
+        if (recipe.name, seed, recipe.pressure.gamma) in record.done:
             bar.write(f"{name}: done before")
             continue
         data = load(recipe.dataset, options.data_dir)
-        row, *others = measure(finish(data), data, options.sample)
-        record.add([row | provenance(recipe.dtype, command)], *others)
+        row, epochs, distribution = measure(finish(data), data, options.sample)
+        record.add(epochs, distribution, [row | provenance(recipe.dtype, command)])
         bar.write(f"{name}: density {row['density']:.4%}")
 
 

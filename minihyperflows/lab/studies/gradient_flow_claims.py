@@ -15,7 +15,7 @@ A row for each run, with ``score``, ``temperature``, ``start`` (epochs before th
 ``rounds``, ``kept`` (the fraction that is to stay), ``seed``, ``control`` (filters: empty for the
 score's own run), ``remaining`` of ``total`` weights or channels, and ``density_LAYER`` or
 ``widths``. Score "dense" is the training without pruning. The file is the state: a run that has its
-row is not repeated. Several files are put together with ``--join FILE...``.
+row is not repeated. ``--join FILE...`` takes over the runs of other files, and does none.
 
 The default grid on MNIST takes about an hour of one core.
 """
@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from minihyperflows.lab.data import Dataset, load
 from minihyperflows.lab.errors import UserError
-from minihyperflows.lab.records import read_records, write_records
+from minihyperflows.lab.records import join_records, records_so_far, write_records
 from minihyperflows.lab.runs import provenance
 from minihyperflows.lab.studies import gradient_flow_filters as filters
 from minihyperflows.lab.studies import gradient_flow_weights as weights
@@ -140,7 +140,7 @@ def run_study(out: Path, grid: Grid, plan: Plan, data: Dataset, progress: bool =
         if run.score != DENSE:
             plan.check(run.start, run.rounds)
     tasks = {name: Task(data, plan, part.networks[name]) for name in grid.networks}
-    rows = read_records(out) if out.exists() else []
+    rows = records_so_far(out, IDENTITY)
     done = {identity(row) for row in rows}
     missing = [
         run
@@ -204,13 +204,8 @@ def source(grid: Grid, run: Run, plan: Plan, data: Dataset) -> Row:
 
 
 def join(files: Sequence[Path], out: Path) -> list[Row]:
-    """Write the rows of all files to ``out``, each run once."""
-    found: dict[tuple[Any, ...], Row] = {}
-    for file in files:
-        if not file.exists():
-            raise UserError(f"there is no file {file}")
-        found |= {identity(row): row for row in read_records(file)}
-    rows = [found[key] for key in sorted(found)]
+    """Add the rows of all files to ``out``, each run once; returns all rows."""
+    rows = sorted(join_records(out, files, identity, IDENTITY), key=identity)
     write_records(out, rows)
     return rows
 
@@ -246,7 +241,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, help="of the training set")
     parser.add_argument("--epochs", type=int, help="of the whole training")
     parser.add_argument("--data-dir", help="where MNIST or CIFAR lie")
-    parser.add_argument("--join", nargs="+", type=Path, default=(), help="put files together")
+    parser.add_argument("--join", nargs="+", type=Path, default=(), help="only take their runs")
     parser.add_argument("--out", type=Path, required=True, help="the CSV file, continued if there")
     return parser.parse_args(arguments)
 

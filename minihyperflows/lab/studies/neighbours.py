@@ -54,7 +54,7 @@ from minihyperflows.flows.gate import counts, gated_layers
 from minihyperflows.flows.law import mean_half_width
 from minihyperflows.lab.data import normalise
 from minihyperflows.lab.errors import UserError
-from minihyperflows.lab.records import read_records, write_records
+from minihyperflows.lab.records import join_records, read_records, write_records
 from minihyperflows.lab.runs import provenance
 from minihyperflows.lab.studies import gradient_flow_filters as filters
 from minihyperflows.lab.studies import gradient_flow_weights as weights
@@ -131,6 +131,7 @@ class Run:
 
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(Run))
+TABLE = (*COLUMNS, "score", "cpu_seconds")  # what the reader of a record needs
 
 
 # -- what is counted -----------------------------------------------------------------------------
@@ -479,16 +480,11 @@ def experiment_of(network: str) -> Experiment:
 
 def run_study(options: argparse.Namespace) -> list[Row]:
     """Do the runs that are not in the table yet; returns all rows."""
-    rows = read_records(options.out) if options.out.exists() else []
-    done = {identity(row) for row in rows}
-    for file in options.join:
-        if not file.exists():
-            raise UserError(f"there is no file {file}")
-        new = [row for row in read_records(file) if identity(row) not in done]
-        rows, done = rows + new, done | {identity(row) for row in new}
+    rows = join_records(options.out, options.join, identity, TABLE)
     if options.join:
         write_records(options.out, rows, digits=6)
         return rows
+    done = {identity(row) for row in rows}
     missing = [run for run in plan(options) if run not in done]
     names = dict.fromkeys(run.network for run in missing)
     tasks = {name: experiment_of(name).load(options.data_dir) for name in names}
@@ -502,12 +498,10 @@ def run_study(options: argparse.Namespace) -> list[Row]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; see the module's text."""
     options = parse(arguments)
-    if not options.table:
+    if options.table:
+        print(markdown(read_records(options.out, TABLE)))
+    else:
         run_study(options)
-        return
-    if not options.out.exists():
-        raise UserError(f"there is no file {options.out}")
-    print(markdown(read_records(options.out)))
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -43,6 +43,7 @@ import shlex
 import time
 from collections.abc import Callable, Generator, Sequence
 from itertools import islice, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -59,7 +60,7 @@ from minihyperflows.lab.checkpoint import load_checkpoint, save_checkpoint
 from minihyperflows.lab.data import Dataset, load
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import Recipe, find
-from minihyperflows.lab.records import read_records, write_records
+from minihyperflows.lab.records import join_records, records_so_far, write_records
 from minihyperflows.lab.runs import provenance
 from minihyperflows.lab.studies.command import reporting
 from minihyperflows.lab.sweep import parse_gammas
@@ -70,6 +71,7 @@ from minihyperflows.nn.counting import kept_weights
 UNTRAINED = "magnitude-untrained"
 ITERATIVE = ("magnitude", UNTRAINED, "taylor", "taylor-batches")
 METHODS = (*ITERATIVE, "pressure")
+RECORD = ("command", "recipe", "method", "seed", "step")  # columns; the first identifies a run
 SHARE = 0.1  # of the remaining weights that a step removes
 TAYLOR_BATCHES = 40
 SAVE_EVERY = 60.0  # seconds between checkpoints
@@ -449,9 +451,7 @@ def study(
     progress: bool = True,
 ) -> list[Row]:
     """Do the runs that have no rows in ``out`` yet; returns all rows."""
-    if not out.parent.is_dir():
-        raise UserError(f"cannot write {out}: there is no folder {out.parent}")
-    rows = read_records(out) if out.exists() else []
+    rows = records_so_far(out, RECORD)
     data: Dataset | None = None
     for seed in seeds:
         for method in methods:
@@ -495,13 +495,8 @@ def _command(setting: Setting, method: str, seed: int) -> str:
 
 
 def join(files: Sequence[Path], out: Path) -> None:
-    """Write the rows of several files, each run once, as one file."""
-    rows: list[Row] = []
-    for file in files:
-        if not file.exists():
-            raise UserError(f"there is no file {file}")
-        there = {row["command"] for row in rows}
-        rows += [row for row in read_records(file) if row["command"] not in there]
+    """Add the rows of several files to ``out``, each run once."""
+    rows = join_records(out, files, itemgetter("command"), RECORD)
     order = {method: number for number, method in enumerate(METHODS)}
     rows.sort(key=lambda row: (row["recipe"], order[row["method"]], row["seed"], row["step"]))
     write_records(out, rows, digits=6)
@@ -522,7 +517,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--gammas", help="levels of the staircase, as for minihyperflows sweep")
     parser.add_argument("--epochs-per-level", type=int, help="an even number")
     parser.add_argument("--data-dir", type=Path, help="where MNIST or CIFAR lie")
-    parser.add_argument("--join", type=Path, nargs="+", metavar="FILE", help="only join files")
+    parser.add_argument("--join", type=Path, nargs="+", metavar="FILE", help="only add their runs")
     parser.add_argument("--out", type=Path, required=True, help="the CSV file, continued if there")
     options = parser.parse_args(arguments)
     if options.join:

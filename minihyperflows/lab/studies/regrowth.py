@@ -37,9 +37,8 @@ from tqdm import tqdm
 from minihyperflows import flows
 from minihyperflows.flows.gate import gated_layers, is_present
 from minihyperflows.lab.data import Dataset, load
-from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import Recipe, find
-from minihyperflows.lab.records import read_records, write_records
+from minihyperflows.lab.records import Record
 from minihyperflows.lab.runs import provenance
 from minihyperflows.lab.studies.command import reporting
 from minihyperflows.lab.studies.equilibrium import supports
@@ -431,45 +430,13 @@ def _provenance(variant: str, dataset: str, seed: int, dtype: str) -> Row:
     return provenance(dtype, shlex.join(["python", "-m", MODULE, *words]))
 
 
-# -- the files -----------------------------------------------------------------------------------
+# -- the study -----------------------------------------------------------------------------------
+
+COLUMNS = ("dataset", "variant", "seed", "scale")
 
 
-class Record:
-    """The three tables. A variant of a seed is in all of them or in none."""
-
-    def __init__(self, out: Path) -> None:
-        parts = [out.with_name(f"{out.stem}-{part}.csv") for part in ("epochs", "ages")]
-        self.files = [out, *parts]
-        self.tables = [read_records(file) if file.exists() else [] for file in self.files]
-        done = {_identity(row) for row in self.tables[0]}
-        self.tables = [[r for r in table if _identity(r) in done] for table in self.tables]
-
-    def has(self, dataset: str, variant: str, seed: int) -> bool:
-        """Whether it is there already."""
-        return any(_identity(row) == (dataset, variant, seed) for row in self.tables[0])
-
-    def add(self, *new: Sequence[Row]) -> None:
-        """Write the tables with more rows, the runs last: what is there is there completely."""
-        for file, table, rows in reversed(list(zip(self.files, self.tables, new, strict=True))):
-            table += rows
-            table.sort(key=_order)
-            write_records(file, table)
-
-    def join(self, other: Path) -> None:
-        """Take over the rows of another record that are not here.
-
-        Raises:
-            UserError: there is no such file.
-        """
-        if not other.exists():
-            raise UserError(f"there is no {other} to join")
-        tables = Record(other).tables
-        new = [[r for r in table if not self.has(*_identity(r))] for table in tables]
-        if new[0]:
-            self.add(*new)
-
-
-def _identity(row: Row) -> tuple[str, str, int]:
+def _identity(row: Row) -> tuple[Any, ...]:
+    """A variant of a seed, at all its scales."""
     return row["dataset"], row["variant"], row["seed"]
 
 
@@ -489,11 +456,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data-dir", help="where MNIST lies")
     parser.add_argument("--out", type=Path, required=True, help="continued if it is there")
     options = parser.parse_args(arguments)
-    record, dataset = Record(options.out), options.dataset
+    record = Record(options.out, ("epochs", "ages"), _identity, COLUMNS, order=_order)
     for other in options.join:
         record.join(other)
-    wanted = [(variant, seed) for seed in options.seeds for variant in options.variants]
-    missing = [(v, s) for v, s in wanted if not record.has(dataset, v, s)]
+    dataset = options.dataset
+    wanted = dict.fromkeys((v, s) for s in options.seeds for v in options.variants)
+    missing = [(v, s) for v, s in wanted if (dataset, v, s) not in record.done]
     if not missing:
         return
     data, dense = load(dataset, options.data_dir), {}
@@ -501,12 +469,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for variant, seed in missing:
             if seed not in dense:
                 dense = {seed: train_dense(dataset, data, seed, bar.update)}
-            rows = measure(dense[seed], variant, dataset, data, seed, bar.update)
-            record.add(*rows)
-            ratios = ", ".join(f"{row['ratio']:.2f}" for row in rows[0])
-            bar.write(
-                f"{variant}, seed {seed}: density {rows[0][0]['density_before']:.3%} x {ratios}"
-            )
+            runs, *details = measure(dense[seed], variant, dataset, data, seed, bar.update)
+            record.add(*details, runs)
+            ratios = ", ".join(f"{row['ratio']:.2f}" for row in runs)
+            bar.write(f"{variant}, seed {seed}: density {runs[0]['density_before']:.3%} x {ratios}")
 
 
 def _epochs(missing: Sequence[tuple[str, int]], dataset: str) -> int:

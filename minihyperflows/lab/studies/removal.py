@@ -30,7 +30,7 @@ from minihyperflows.flows.gate import KAPPA, gated_layers, is_present
 from minihyperflows.flows.stages import DENSE, PRUNING
 from minihyperflows.lab.data import Dataset, load, normalise
 from minihyperflows.lab.recipes import RECIPES, Recipe, find
-from minihyperflows.lab.records import read_records, write_records
+from minihyperflows.lab.records import records_so_far, write_records
 from minihyperflows.lab.runs import provenance
 from minihyperflows.lab.studies.command import reporting
 from minihyperflows.lab.train import EpochRecord, Trainer, build_network
@@ -412,7 +412,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     recipe = find(options.recipe).scaled(options.epochs_scale)
     data = load(recipe.dataset, options.data_dir)
-    rows = read_records(options.out) if options.out.exists() else []
+    rows = records_so_far(options.out, ("seed", "moment", "layer", "estimate"))
     done = {row["seed"] for row in rows}
     missing = [seed for seed in range(options.seeds) if seed not in done]
     epochs = recipe.dense.epochs + recipe.timeline.pruning

@@ -28,7 +28,7 @@ from minihyperflows.flows.scheduler import PressureScheduler
 from minihyperflows.flows.stages import PRUNING, REGROWTH
 from minihyperflows.lab.data import Dataset, load
 from minihyperflows.lab.recipes import Recipe, find
-from minihyperflows.lab.records import read_records, write_records
+from minihyperflows.lab.records import records_so_far, write_records
 from minihyperflows.lab.runs import provenance
 from minihyperflows.lab.studies.command import reporting
 from minihyperflows.lab.train import EpochRecord, Trainer, build_network
@@ -36,6 +36,7 @@ from minihyperflows.nn import Module
 
 TARGETS = (0.8, 0.9, 0.95, 0.98, 0.99)
 SEEDS = 4
+IDENTITY = ("setting", "target_sparsity", "seed")  # columns
 COMMAND = "python -m minihyperflows.lab.studies.targets --settings {} --out FILE"
 
 # What a run of 30 epochs needs to settle: periods of 11 or 12 steps, a t that moves quickly, and a
@@ -211,10 +212,10 @@ def run_study(
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Do the runs that have no row in ``out`` yet; returns all rows."""
-    rows = read_records(out) if out.exists() else []
-    done = {(r["setting"], r["target_sparsity"], r["seed"]) for r in rows}
+    rows = records_so_far(out, IDENTITY)
+    done = {tuple(row[name] for name in IDENTITY) for row in rows}
     wanted = [(n, t, s) for s in range(seeds) for n in settings for t in targets]
-    missing = [run for run in wanted if run not in done]
+    missing = [run for run in dict.fromkeys(wanted) if run not in done]
     data = load("digits")
     dense: dict[tuple[str, int], State] = {}
     for name, target, seed in tqdm(missing, disable=not progress, unit="run"):
