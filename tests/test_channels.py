@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from minihyperflows import flows, models, nn
+from minihyperflows import flows, models, nn, no_grad
 from minihyperflows import functional as F
 from minihyperflows.engine.tensor import Tensor
 from minihyperflows.related.channels import (
@@ -120,6 +122,25 @@ def test_gates_are_looked_through(rng: np.random.Generator) -> None:
     assert channel_groups(net, IMAGE) == before
 
 
+@pytest.mark.parametrize("layers", [("fc1",), ("fc1", "fc2", "fc3")])
+def test_frozen_layers_have_their_groups(layers: tuple[str, ...], rng: np.random.Generator) -> None:
+    net, image = network("lenet300", rng)
+    before = channel_groups(net, image)
+    frozen = [p for n, p in net.named_parameters().items() if n.startswith(layers)]
+    for parameter in frozen:
+        parameter.requires_grad = False
+    assert channel_groups(net, image) == before
+    assert [p for p in net.parameters() if not p.requires_grad] == frozen
+
+
+def test_without_operations_there_is_nothing_to_find(rng: np.random.Generator) -> None:
+    net, image = network("lenet300", rng)
+    with no_grad(), pytest.raises(ValueError, match="leave no_grad"):
+        channel_groups(net, image)
+    with pytest.raises(ValueError, match="no parameters"):
+        channel_groups(nn.Sequential(nn.ReLU()), image)
+
+
 class Strange(nn.Module):
     """A convolution and something after it that mixes channels."""
 
@@ -156,3 +177,21 @@ def test_what_is_not_understood_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         channel_groups(Strange(kind, rng), (3, 3, 4))
+
+
+class Averaged(nn.Module):
+    """A convolution, and the mean of its outputs over ``axis``."""
+
+    def __init__(self, axis: int | tuple[int, ...], rng: np.random.Generator) -> None:
+        self.axis, self.conv = axis, nn.Conv2d(4, 4, 1, rng=rng)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).mean(axis=self.axis)
+
+
+@pytest.mark.parametrize("axis", [-1, 3, (1, 3)])
+def test_the_axis_of_channels_is_known_by_its_place(axis: Any, rng: np.random.Generator) -> None:
+    """Not by its length: here rows, columns and channels are four each."""
+    assert set(channel_groups(Averaged((1, 2), rng), (4, 4, 4))) == {"input", "conv"}
+    with pytest.raises(ValueError, match="Mean: it reduces the axis of channels"):
+        channel_groups(Averaged(axis, rng), (4, 4, 4))

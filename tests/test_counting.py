@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from minihyperflows import flows, models
+from minihyperflows import flows, models, nn, no_grad
 from minihyperflows.nn.counting import flops, sparse_flops
 
 IMAGE = {"lenet300": (28, 28, 1)}
@@ -36,6 +36,35 @@ def test_flops_by_layer_by_hand():
     expected = {"fc1": 300 * 7, "fc2": 100 * 599, "fc3": 3 * 199}
     assert flops(net, (2, 2, 1)) == expected
     assert net.training  # as it was
+
+
+class Again(nn.Module):
+    """Four linear layers: the second is used twice, the last never."""
+
+    def __init__(self, rng):
+        shapes = {"first": (5, 8), "twice": (8, 8), "last": (8, 3), "never": (8, 8)}
+        for name, (inputs, outputs) in shapes.items():
+            setattr(self, name, nn.Linear(inputs, outputs, rng=rng))
+
+    def forward(self, x):
+        return self.last(self.twice(self.twice(self.first(x))))
+
+
+def test_every_use_of_a_layer_counts(rng):
+    net = Again(rng)
+    assert flops(net, (5,)) == {"first": 8 * 9, "twice": 2 * 8 * 15, "last": 3 * 15}
+
+
+def test_frozen_layers_count_like_others(rng):
+    net = Again(rng)
+    dense = flops(net, (5,))
+    for parameters in ([net.first.weight, net.first.bias], net.parameters()):
+        for parameter in parameters:
+            parameter.requires_grad = False
+        assert flops(net, (5,)) == dense
+    assert not any(p.requires_grad for p in net.parameters())
+    with no_grad(), pytest.raises(ValueError, match="leave no_grad"):
+        flops(net, (5,))
 
 
 def test_sparse_flops_round_down_layer_by_layer():

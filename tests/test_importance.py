@@ -187,16 +187,24 @@ def test_a_network_on_a_gpu_has_the_same_scores(score: str, gpu: str) -> None:
 # -- what is left as it was ----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("gates", ["dense", "masks", "presences"])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("score", SCORES)
-def test_the_network_is_left_as_it_was(score: str, mode: str, rng: np.random.Generator) -> None:
+def test_the_network_is_left_as_it_was(
+    score: str, mode: str, gates: str, rng: np.random.Generator
+) -> None:
     net, (x, labels) = Block(rng, np.float32), batch(rng)
+    masks = attach_masks(net) if gates == "masks" else {}
+    if gates == "presences":
+        flows.attach(net, rng=rng)
+    net.conv2.weight.requires_grad = gates == "masks"
     net.eval()
     net.bn2.training = True
     F.cross_entropy(net(x.astype(np.float32)), labels).backward()
     tensors = net.named_tensors()
     before = {k: (t.data, t.data.copy(), t.grad) for k, t in tensors.items()}
-    grads = {k: t.grad.copy() for k, t in net.named_parameters().items()}
+    grads = {k: t.grad.copy() for k, t in tensors.items() if t.grad is not None}
+    seen = {k: (mask.gradient, mask.gradient.copy()) for k, mask in masks.items()}
     initial = {k: np.zeros(p.shape) for k, p in net.named_parameters().items()}
     importance(net, x, labels, score, mode=mode, initial=initial, rng=rng)
     assert net.named_tensors() == tensors
@@ -207,6 +215,12 @@ def test_the_network_is_left_as_it_was(score: str, mode: str, rng: np.random.Gen
         assert tensor.grad is grad
     for name, grad in grads.items():
         np.testing.assert_array_equal(tensors[name].grad, grad)
+    for name, (gradient_of_all, copy) in seen.items():  # by which a pruner chooses who comes back
+        assert masks[name].gradient is gradient_of_all
+        np.testing.assert_array_equal(gradient_of_all, copy)
+        assert gradient_of_all.any()
+    frozen = [k for k, p in net.named_parameters().items() if not p.requires_grad]
+    assert frozen == ([] if gates == "masks" else ["conv2.weight"])
     assert [m.training for _, m in net.named_modules()] == [False] * 4 + [True, False]
 
 
@@ -371,6 +385,19 @@ def test_gates_count_like_masks(rng: np.random.Generator) -> None:
     assert all(t.grad is None for t in flows.presences(net).values())
 
 
+@pytest.mark.parametrize("score", ["loss_preservation", "grasp"])
+def test_frozen_parameters_score_like_others(score: str, rng: np.random.Generator) -> None:
+    """Whether training moves a weight says nothing about what the loss would do without it."""
+    net, data = Block(rng), batch(rng)
+    expected = importance(net, *data, score)
+    for parameters in ([net.conv1.weight, net.fc.bias], net.parameters()):
+        for parameter in parameters:
+            parameter.requires_grad = False
+        found = importance(net, *data, score)
+        for name, array in expected.items():
+            np.testing.assert_array_equal(found[name], array)
+
+
 def test_random_scores_come_from_the_generator(rng: np.random.Generator) -> None:
     net, data = Block(rng), batch(rng)
     draws = [
@@ -389,6 +416,8 @@ def test_random_scores_come_from_the_generator(rng: np.random.Generator) -> None
         ({"level": "layer"}, "level must be one of weight, filter"),
         ({"mode": "test"}, "mode must be one of train, eval"),
         ({"temperature": 0.0}, "temperature"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"batch_size": -2}, "batch_size must be at least 1"),
         ({"score": "random"}, "rng"),
         ({"score": "distance"}, "initial"),
     ],

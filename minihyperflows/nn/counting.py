@@ -8,45 +8,61 @@ import numpy as np
 
 from minihyperflows.engine.backend import to_device
 from minihyperflows.engine.conv import Conv2d
-from minihyperflows.engine.graph import Function, reverse_topological_order
+from minihyperflows.engine.graph import Function, is_recording, reverse_topological_order
 from minihyperflows.engine.ops import Linear
 from minihyperflows.engine.tensor import Tensor
-from minihyperflows.nn.module import Module
+from minihyperflows.nn.module import Module, Parameter
+from minihyperflows.nn.restore import restored
 
 
 def flops(net: Module, input_shape: tuple[int, ...]) -> dict[str, int]:
     """Floating-point operations of each convolution and linear layer for one image.
 
     A layer with K weights per output (kH kW C_in / groups, or in_features) multiplies K times and
-    adds K - 1 times for each output: outputs (2 K - 1). Biases and batch norm are not counted, as
-    in the authors' code.
+    adds K - 1 times for each output: outputs (2 K - 1). A layer that is used several times counts
+    each time, one that is not used has no entry. Biases and batch norm are not counted, as in the
+    authors' code.
 
     Args:
         net: the network; one image of zeros is sent through it.
         input_shape: of one image, (H, W, C).
+
+    Raises:
+        ValueError: inside ``no_grad``.
     """
     names = {id(p): name.removesuffix(".weight") for name, p in net.named_parameters().items()}
-    return {
-        names[id(weight_behind(function))]: _operations(function)
-        for function in trace(net, input_shape)
-        if isinstance(function, Linear | Conv2d)
-    }
+    operations: dict[str, int] = {}
+    for function in trace(net, input_shape):
+        if isinstance(function, Linear | Conv2d):
+            name = names[id(weight_behind(function))]
+            operations[name] = operations.get(name, 0) + _operations(function)
+    return operations
 
 
 def trace(net: Module, input_shape: tuple[int, ...]) -> list[Function]:
     """The operations that one image of zeros (H, W, C) goes through, first to last.
 
-    In evaluation mode, so that nothing of ``net`` changes; every module's mode is put back.
+    In evaluation mode, so that nothing of ``net`` changes; every module's mode is put back. Frozen
+    parameters count like others: meanwhile all of them require a gradient, since operations are
+    recorded for the sake of gradients only.
+
+    Raises:
+        ValueError: inside ``no_grad``, where nothing is recorded.
     """
-    modes = [(module, module.training) for _, module in net.named_modules()]
-    net.eval()
-    like = next(iter(net.parameters()))
-    image = np.zeros((1, *input_shape), like.dtype)
-    try:
-        output = net(Tensor(to_device(image, like.device)))
-    finally:
-        for module, training in modes:
-            module.training = training
+    if not is_recording():
+        raise ValueError("the operations of a network are found by recording them: leave no_grad()")
+    modules = [module for _, module in net.named_modules()]
+    parameters = [t for t in net.named_tensors().values() if isinstance(t, Parameter)]
+    like = next(iter(net.parameters()), None)
+    if like is None:
+        return []
+    image = Tensor(to_device(np.zeros((1, *input_shape), like.dtype), like.device))
+    touched = [*((m, "training") for m in modules), *((p, "requires_grad") for p in parameters)]
+    with restored(touched):
+        net.eval()
+        for parameter in parameters:
+            parameter.requires_grad = True
+        output = net(image)
     return reverse_topological_order(output.creator)[::-1] if output.creator else []
 
 

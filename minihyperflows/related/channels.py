@@ -87,9 +87,9 @@ def channel_groups(net: Module, input_shape: tuple[int, ...]) -> dict[str, Chann
         input_shape: of one image, (H, W, C).
 
     Raises:
-        ValueError: the network has no layers, or parameters outside of its layers; or an operation
+        ValueError: the network has no layers, or parameters outside of its layers; an operation
             mixes channels in a way that is not known here, for example a convolution with groups
-            that is not depthwise.
+            that is not depthwise; or the call is inside ``no_grad``.
     """
     tracer = Tracer()
     operations = trace(net, input_shape)
@@ -221,13 +221,20 @@ class Tracer:
     def _elementwise(self, function: Function) -> Axis:
         """Joins the inputs that have the channels of the output; others are broadcast."""
         channels = function.output_shape[-1:]
-        if isinstance(function, Reduction) and function.inputs[0].shape[-1:] != channels:
+        if isinstance(function, Reduction) and _reduces_channels(function):
             raise ValueError(f"{function.name}: it reduces the axis of channels")
         whole = [x for x in function.inputs if isinstance(x, Tensor | Intermediate)]
         axes = [self._axis(x) for x in whole if x.shape[-1:] == channels]
         for axis in axes[1:]:
             self.join(axis, axes[0], function.name)
         return axes[0]
+
+
+def _reduces_channels(function: Reduction) -> bool:
+    """Whether the last axis is among those that it reduces; the lengths alone do not say, since
+    another axis may be as long."""
+    last = len(function.inputs[0].shape) - 1
+    return last in function.axes(last + 1)
 
 
 def collect(net: Module, tracer: Tracer, output: Axis) -> dict[str, ChannelGroup]:

@@ -23,8 +23,9 @@ from minihyperflows import functional as F
 from minihyperflows.engine.backend import to_device, to_numpy
 from minihyperflows.engine.graph import no_grad
 from minihyperflows.engine.tensor import Tensor
-from minihyperflows.nn.layers import Weighted
+from minihyperflows.nn.layers import weighted_layers
 from minihyperflows.nn.module import Buffer, Module
+from minihyperflows.nn.restore import restored
 
 Arrays: TypeAlias = dict[str, np.ndarray]
 STEP = 2.0**-67  # h, about 7e-21: h^2 is far below round-off, h itself a number in float32 too
@@ -35,8 +36,9 @@ class Landscape:
     """L(theta): the mean loss of ``net`` on given images, for any values of its parameters.
 
     theta is one vector of all parameters, in the order of ``net.named_parameters()``; its current
-    value is ``weights``. The network is only borrowed: afterwards its parameters, gradients,
-    buffers and modes are as before.
+    value is ``weights``; frozen ones, which training leaves alone, are among them. The network is
+    only borrowed: afterwards its parameters, gradients (those that masks keep too), buffers and
+    modes are as before.
 
     With a weight decay lambda the loss is L + lambda / 2 |theta|^2, its gradient g + lambda theta,
     its Hessian H + lambda I.
@@ -48,13 +50,14 @@ class Landscape:
         temperature: T, by which the logits are divided: softmax(f / T).
         mode: "train": batch norm normalises with the statistics of the batch, which couples its
             images; "eval": with its running statistics.
-        batch_size: how many images go through the network at once; None: all. Without batch norm
-            in training mode it changes nothing. With it, L is the mean of the losses of separate
-            batches, as SGD sees them; a last batch that is smaller counts less.
+        batch_size: how many images go through the network at once, at least 1; None: all. Without
+            batch norm in training mode it changes nothing. With it, L is the mean of the losses of
+            separate batches, as SGD sees them; a last batch that is smaller counts less.
         weight_decay: lambda.
 
     Raises:
-        ValueError: for an unknown mode, a temperature that is not positive, or no images.
+        ValueError: for an unknown mode, a temperature that is not positive, a batch size below 1,
+            or no images.
     """
 
     def __init__(
@@ -73,6 +76,8 @@ class Landscape:
             raise ValueError(f"the temperature must be positive, not {temperature}")
         if len(x) == 0 or len(x) != len(labels):
             raise ValueError(f"{len(x)} images and {len(labels)} labels: one each, at least one")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, or None for all, not {batch_size}")
         self.net, self.x, self.labels = net, x, labels
         self.temperature, self.mode = temperature, mode
         self.batch_size = len(x) if batch_size is None else batch_size
@@ -145,29 +150,31 @@ class Landscape:
     @contextmanager
     def _borrowed(self, weights: np.ndarray) -> Iterator[None]:
         """The network with these weights, in this mode, without gradients; then as it was."""
-        modules = [module for _, module in self.net.named_modules()]
-        modes = [module.training for module in modules]
-        ready_made = [(m, m.weight_in_use) for m in modules if isinstance(m, Weighted)]
-        tensors = list(self.net.named_tensors().values())
-        saved = [(t.data, t.grad, t.gradient_buffer) for t in tensors]
-        try:
+        with restored(self._changed()):
             self.net.train(self.mode == "train")
-            for layer, _ in ready_made:
+            for layer in weighted_layers(self.net).values():
                 layer.weight_in_use = None
-            for tensor in tensors:
+            for tensor in self.net.named_tensors().values():
                 tensor.grad = tensor.gradient_buffer = None
                 if isinstance(tensor, Buffer):
                     tensor.data = tensor.data.copy()  # what batch norm writes to
             for name, part in self.arrays(weights).items():
-                self.parameters[name].data = to_device(part, self.parameters[name].device)
+                parameter = self.parameters[name]
+                parameter.data = to_device(part, parameter.device)
+                parameter.requires_grad = True  # a frozen one has a derivative too
             yield
-        finally:
-            for module, training in zip(modules, modes, strict=True):
-                module.training = training
-            for layer, weight in ready_made:
-                layer.weight_in_use = weight
-            for tensor, (data, grad, buffer) in zip(tensors, saved, strict=True):
-                tensor.data, tensor.grad, tensor.gradient_buffer = data, grad, buffer
+
+    def _changed(self) -> Iterator[tuple[object, str]]:
+        """What a pass through the network, or getting ready for it, assigns to."""
+        for _, module in self.net.named_modules():
+            yield module, "training"
+        for layer in weighted_layers(self.net).values():
+            yield layer, "weight_in_use"
+            if hasattr(layer.weight_gate, "gradient"):  # that of a pruner's mask
+                yield layer.weight_gate, "gradient"
+        for tensor in self.net.named_tensors().values():
+            for name in ("data", "grad", "gradient_buffer", "requires_grad"):
+                yield tensor, name
 
 
 def _gradient(parameter: Tensor) -> np.ndarray:

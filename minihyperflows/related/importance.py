@@ -13,8 +13,8 @@ loss with the gradient, and sums over the weights of a filter, or over the singl
     random                        uniform on [0, 1)
 
 For one weight the sum is one term, so loss_preservation and first_order are the same number. A
-filter's terms may cancel: behind batch norm in training mode first_order is 0 for every filter (all
-of them, exactly), and grasp is minus the squared norm of the filter's gradient (chapter 15).
+filter's terms may cancel: behind batch norm in training mode with eps = 0, first_order is exactly 0
+for every filter, and grasp is minus the squared norm of the filter's gradient (chapter 15).
 
 The first five are those of Lubana & Dick 2021 (arXiv 2009.11839), who explain them by the flow of
 gradient descent. In their code the network is in evaluation mode; the temperature T, by which the
