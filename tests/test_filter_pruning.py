@@ -111,6 +111,26 @@ def test_ties_keep_the_count() -> None:
     assert min(keep["a"].sum(), keep["b"].sum()) >= 2
 
 
+def test_infinite_scores_are_scores() -> None:
+    """What is not there is kept by no score, and what is protected stays before an infinite one."""
+    low = {"a": np.array([1.0, -np.inf, 2, -np.inf])}
+    present = {"a": np.array([True, False, True, True])}
+    np.testing.assert_array_equal(keep_highest(low, 3, present=present)["a"], present["a"])
+    everything = keep_highest(low, 2, least=2, present={"a": np.array([False, False, True, True])})
+    np.testing.assert_array_equal(everything["a"], [False, False, True, True])
+    high = {"a": np.array([np.inf, np.inf]), "b": np.array([1.0])}
+    keep = keep_highest(high, 2, least={"a": 0, "b": 1})
+    np.testing.assert_equal(keep, {"a": [True, False], "b": [True]})
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    scores = {"a": np.array([10, 11, 12]), "b": np.array([0, 3, 2], np.uint8)}
+    keep = keep_highest(scores, np.int64(2), least=np.int64(1))
+    np.testing.assert_equal(keep, {"a": [False, False, True], "b": [False, True, False]})
+    within = keep_within(scores, 2, lambda keep: sum(m.sum() for m in keep.values()), np.int64(1))
+    np.testing.assert_equal(within, keep)
+
+
 def test_as_many_as_a_cost_allows() -> None:
     """The longest beginning of the ranking that is cheap enough, not a cheaper choice beside it."""
     scores = {"a": np.array([9.0, 7, 5]), "b": np.array([8.0, 6, 4])}
@@ -304,24 +324,50 @@ def test_removing_step_by_step_or_at_once(rng: np.random.Generator) -> None:
     [
         ({"features.0": np.zeros(8, bool)}, ValueError),
         ({"features.0": np.ones(7, bool)}, ValueError),
+        ({"features.0": np.zeros(1, bool)}, ValueError),  # would be broadcast
         ({"classifier": np.arange(10) > 0}, ValueError),
         ({"input": np.arange(3) > 0}, ValueError),
         ({"features.1": np.ones(8, bool)}, KeyError),
     ],
 )
+@pytest.mark.parametrize("take", [remove_filters, zero_filters])
 def test_what_cannot_go_is_refused(
-    keep: dict[str, np.ndarray], error: type[Exception], rng: np.random.Generator
+    take: Any, keep: dict[str, np.ndarray], error: type[Exception], rng: np.random.Generator
 ) -> None:
     net, image = network("vgg13", rng)
     with pytest.raises(error):
-        remove_filters(net, keep, image)
+        take(net, keep, image)
 
 
-def test_gates_come_off_before_filters_go(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("take", [remove_filters, zero_filters])
+def test_gates_come_off_before_filters_go(take: Any, rng: np.random.Generator) -> None:
     net, image = network("vgg13", rng)
     flows.attach(net, rng=rng)
     with pytest.raises(ValueError, match="gates"):
-        remove_filters(net, {"features.0": np.arange(8) > 0}, image)
+        take(net, {"features.0": np.arange(8) > 0}, image)
+
+
+@pytest.mark.parametrize(("activation", "of_zero"), [(F.tanh, 0.0), (F.sigmoid, 0.5)])
+def test_an_activation_makes_something_of_zeros(
+    activation: Any, of_zero: float, rng: np.random.Generator
+) -> None:
+    """What is removed is 0 to its readers; what is zeroed is f(0), through the next weights."""
+    net = Activated(activation, rng)
+    keep = {"first": np.arange(6) > 1}
+    smaller, zeroed = (take(net, keep, (4,)) for take in (remove_filters, zero_filters))
+    x = rng.standard_normal((3, 4))
+    more = of_zero * net.last.weight.data[:, :2].sum(axis=1)
+    np.testing.assert_allclose(zeroed(x).data, smaller(x).data + more, rtol=1e-12)
+
+
+class Activated(nn.Module):
+    def __init__(self, activation: Any, rng: np.random.Generator) -> None:
+        self.activation = activation
+        self.first = nn.Linear(4, 6, rng=rng, dtype=np.float64)
+        self.last = nn.Linear(6, 2, rng=rng, dtype=np.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.activation(self.first(x)))
 
 
 # -- scores of channels --------------------------------------------------------------------------
@@ -337,7 +383,8 @@ def test_a_channel_has_the_score_of_its_filters(rng: np.random.Generator) -> Non
     np.testing.assert_array_equal(found["layer1.0.conv1"], scores["layer1.0.conv1.weight"])
     members = ["conv1", *(f"layer1.{i}.conv2" for i in range(3))]
     stacked = np.stack([scores[f"{m}.weight"] for m in members])
-    for combine, expected in (("mean", stacked.mean(0)), ("sum", stacked.sum(0))):
+    expectations = {"mean": stacked.mean(0), "sum": stacked.sum(0), "max": stacked.max(0)}
+    for combine, expected in expectations.items():
         np.testing.assert_allclose(channel_scores(scores, groups, combine)["conv1"], expected)
     with pytest.raises(ValueError, match="combine"):
         channel_scores(scores, groups, "median")
@@ -465,6 +512,53 @@ def test_some_layers_can_be_left_alone(rng: np.random.Generator) -> None:
     assert task.net[3].weight_gate.present.all()
 
 
+def idle(net: nn.Module) -> None:
+    """Train nothing."""
+
+
+def test_so_many_weights_of_each_layer_stay(rng: np.random.Generator) -> None:
+    """Though the scores of layer 3 are below all of layer 1, and with 0 it would vanish."""
+    for least, left in ((0, 0), (25, 25), (100, 60)):  # of 60
+        task = Digits(rng, convolutions=False)
+        shapes = {name: m.weight.shape for name, m in _layers(task.net).items()}
+
+        def score(net: nn.Module, shapes: Any = shapes) -> dict[str, np.ndarray]:
+            places = np.arange(60.0).reshape(shapes["3"])
+            return {"1.weight": 100 + np.zeros(shapes["1"]), "3.weight": places}
+
+        *_, last = prune_weights(task.net, 0.8, 2, idle, score, least=least)
+        assert last.kept == 300
+        np.testing.assert_array_equal(last.keep["3"].reshape(-1), np.arange(60) >= 60 - left)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sparsity": 1.0}, "sparsity is the fraction removed"),
+        ({"sparsity": 75}, "sparsity is the fraction removed"),
+        ({"rounds": 0}, "rounds must be at least 1, not 0"),
+        ({"exclude": ("3", "fc3")}, "no layer fc3 to exclude: there are 1, 3"),
+        ({"exclude": ("1", "3")}, "nothing to prune"),
+        ({"least": 200}, "leaves 150 of 1500, but 260 must stay"),
+    ],
+)
+def test_a_mistake_is_named_before_weights_go(
+    settings: dict[str, Any], message: str, rng: np.random.Generator
+) -> None:
+    """At the call, without a step of training, and the right call may follow."""
+    task = Digits(rng, convolutions=False)
+
+    def score(net: nn.Module) -> dict[str, np.ndarray]:
+        return importance(net, task.x, task.labels, "magnitude")
+
+    with pytest.raises(ValueError, match=message):
+        prune_weights(
+            task.net, **{"sparsity": 0.9, "rounds": 2} | settings, train=idle, score=score
+        )
+    assert all(layer.weight_gate is None for layer in _layers(task.net).values())
+    assert len(list(prune_weights(task.net, 0.9, 2, idle, score))) == 2
+
+
 @pytest.mark.parametrize("score", ["magnitude", "loss_preservation", "grasp", "random"])
 def test_filters_go_in_rounds(score: str, rng: np.random.Generator) -> None:
     task = Digits(rng, convolutions=True)
@@ -511,6 +605,111 @@ def test_channels_go_until_the_widths_are_reached(rng: np.random.Generator) -> N
     assert task.epochs == 1
     with pytest.raises(ValueError, match="cannot be kept"):
         list(prune_to_widths(pruned.net, task.image, goals[:1], task.train, score))
+
+
+def test_the_safe_channels_of_each_group_stay(rng: np.random.Generator) -> None:
+    """A number for all groups, or one for each by name; the others go by the score."""
+    task = Digits(rng, convolutions=True)
+
+    def score(net: nn.Module) -> dict[str, np.ndarray]:
+        found = importance(net, task.x, task.labels, "magnitude", "filter")
+        return {name: s + 100 * (name == "3.weight") for name, s in found.items()}
+
+    for least, left in ((1, 1), (3, 3), ({"0": 5, "3": 1}, 5), ({"0": 0, "3": 0}, 1)):
+        *_, last = prune_filters(task.net, task.image, 0.75, 2, idle, score, least=least)
+        assert widths(channel_groups(last.net, task.image)) == {"0": left, "3": 7 - left}
+
+
+@pytest.mark.parametrize("combine", ["mean", "sum", "max"])
+def test_the_filters_of_a_group_share_a_score_in_the_way_that_was_asked_for(
+    combine: str, rng: np.random.Generator
+) -> None:
+    """Two layers that are added, and one behind them: the three ways keep other channels."""
+    layers = {"a": [9.0, 5, 3, 0], "b": [0.0, 5, 5.5, 1], "c": [4.7, 8.7, 0, 0]}
+
+    def score(net: nn.Module) -> dict[str, np.ndarray]:
+        return {f"{name}.weight": np.array(s) for name, s in layers.items()}
+
+    # a with b: mean 4.5 5 4.25 0.5, sum 9 10 8.5 1, max 9 5 5.5 1; c: 4.7 8.7 0 0
+    kept = {
+        "mean": {"a": [False, True, False, False], "c": [True, True, False, False]},
+        "sum": {"a": [True, True, False, False], "c": [False, True, False, False]},
+        "max": {"a": [True, False, True, False], "c": [False, True, False, False]},
+    }
+    (pruned,) = prune_filters(Added(rng), (4,), 5 / 8, 1, idle, score, combine=combine)
+    assert pruned.kept == 3
+    np.testing.assert_equal(pruned.keep, kept[combine])
+
+
+class Added(nn.Module):
+    def __init__(self, rng: np.random.Generator) -> None:
+        for name in ("a", "b", "c", "last"):
+            setattr(self, name, nn.Linear(4, 4, rng=rng))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.c(self.a(x) + self.b(x)))
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_depthwise_layers_stay_depthwise(named: bool, rng: np.random.Generator) -> None:
+    """Where a depthwise layer filters them two channels stay, though fewer were asked for."""
+    net, image = network("mobilenet_v1", rng)
+    groups = channel_groups(net, image)
+
+    def score(net: nn.Module) -> dict[str, np.ndarray]:
+        return {f"{n}.weight": rng.random(m.weight.shape[0]) for n, m in _layers(net).items()}
+
+    least: Any = dict.fromkeys(widths(groups), 1) if named else 1
+    for pruned in prune_filters(net, image, 0.9, 3, idle, score, least=least):
+        left = channel_groups(pruned.net, image)
+        assert left.keys() == groups.keys()
+        assert sum(widths(left).values()) == pruned.kept
+    small = {name for name, group in left.items() if group.size == 2}
+    assert any(groups[name].depthwise for name in small)
+    goals = [{name: 1 for name in widths(groups)}]
+    (pruned,) = prune_to_widths(net, image, goals, idle, score)
+    assert {n: 2 if groups[n].depthwise else 1 for n in goals[0]} == widths(
+        channel_groups(pruned.net, image)
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sparsity": 1.0}, "sparsity is the fraction removed"),
+        ({"rounds": 0}, "rounds must be at least 1, not 0"),
+        ({"combine": "median"}, "combine must be one of mean, sum, max"),
+        ({"least": 4}, "leaves 7 of 28, but 8 must stay"),
+        ({"least": {"0": 4, "3": 4}}, "leaves 7 of 28, but 8 must stay"),
+        ({"least": {"0": 1}}, "are needed for the groups 0, 3, there are some for 0"),
+        ({"least": {"0": 1, "3": 1, "5": 1}}, "there are some for 0, 3, 5"),
+    ],
+)
+def test_a_mistake_is_named_before_filters_go(
+    settings: dict[str, Any], message: str, rng: np.random.Generator
+) -> None:
+    """At the call, before a step of training."""
+    task = Digits(rng, convolutions=True)
+    given = {"sparsity": 0.75, "rounds": 2} | settings
+    with pytest.raises(ValueError, match=message):
+        prune_filters(task.net, task.image, train=idle, score=lambda net: {}, **given)
+
+
+@pytest.mark.parametrize(
+    ("goals", "settings", "message"),
+    [
+        ([{"0": 5}], {}, "are needed for the groups 0, 3, there are some for 0"),
+        ([{"0": 5, "3": 17}], {}, "3: 17 of 16 channels cannot be kept"),
+        ([{"0": 5, "3": 8}, {"0": 6, "3": 8}], {}, "0: 6 of 5 channels cannot be kept"),
+        ([{"0": 5, "3": 8}], {"combine": "median"}, "combine must be one of"),
+    ],
+)
+def test_a_mistake_is_named_before_the_widths_change(
+    goals: Any, settings: dict[str, Any], message: str, rng: np.random.Generator
+) -> None:
+    task = Digits(rng, convolutions=True)
+    with pytest.raises(ValueError, match=message):
+        prune_to_widths(task.net, task.image, goals, idle, lambda net: {}, **settings)
 
 
 def _layers(net: nn.Module) -> dict[str, nn.Weighted]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -130,6 +132,32 @@ def test_a_pruner_that_does_nothing_removes_nothing() -> None:
     assert training.pruner.density == 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (Iterative, {"rounds": 0}, "rounds must be at least 1, not 0"),
+        *((Iterative, {"end": end}, "fractions of the training") for end in (0.0, 1.2, -0.5)),
+        *((Gradual, {"end": end}, "fractions of the training") for end in (0.0, 1.2, -0.5)),
+        (Movement, {"end": 1.2}, "fractions of the training"),
+        (Gradual, {"begin": 0.5, "end": 0.4}, "fractions of the training"),
+        (Gradual, {"begin": -0.1}, "fractions of the training"),
+        *((kind, {"every": 0}, "at least 1, not 0") for kind in (Gradual, Movement, RigL)),
+        *((RigL, {"fraction": f}, "fraction is of the present weights") for f in (-0.1, 1.1)),
+    ],
+)
+def test_settings_that_never_prune_are_refused(
+    kind: Any, settings: dict[str, float], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        kind(0.9, **settings)
+
+
+@pytest.mark.parametrize("kind", [Iterative, Gradual, Movement])
+def test_pruning_may_last_until_the_end(kind: Any) -> None:
+    training = Training(kind(0.9, end=1.0)).run()
+    assert training.present.sum() == 3640
+
+
 def test_a_network_is_pruned_by_one_pruner_at_a_time() -> None:
     training = Training(Random(0.9))
     with pytest.raises(ValueError, match="already"):
@@ -191,6 +219,25 @@ def test_largest_is_the_head_of_a_stable_sort(rng: np.random.Generator) -> None:
         expected = np.zeros(60, bool)
         expected[np.argsort(-values, kind="stable")[:count]] = True
         np.testing.assert_array_equal(largest(values, count), expected)
+
+
+def test_there_is_no_largest_where_a_value_is_not_a_number() -> None:
+    """A training that has diverged ends with an error, not with an empty network."""
+    with pytest.raises(ValueError, match="a score is NaN"):
+        largest(np.array([np.nan, np.nan, 1.0]), 2)
+    training = Training(Gradual(0.9, every=2))
+    training.step()
+    training.net.fc2.weight.data[0, 0] = np.nan
+    before = training.present
+    with pytest.raises(ValueError, match="has the training diverged"):
+        training.pruner.after_step(2)
+    np.testing.assert_array_equal(training.present, before)
+
+
+def test_the_largest_may_be_infinite() -> None:
+    values = np.array([-np.inf, 1, np.inf, -np.inf, -np.inf])
+    for count, expected in ((1, [2]), (2, [1, 2]), (3, [0, 1, 2]), (4, [0, 1, 2, 3])):
+        np.testing.assert_array_equal(np.flatnonzero(largest(values, count)), expected)
 
 
 def test_magnitude_keeps_the_largest_of_the_whole_network() -> None:

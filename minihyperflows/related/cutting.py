@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from minihyperflows.engine.backend import to_device, to_numpy
-from minihyperflows.nn import Buffer, Conv2d, Module, Parameter, Weighted, weighted_layers
+from minihyperflows.nn import Buffer, Conv2d, Module, Parameter, weighted_layers
 from minihyperflows.nn.init import fan_in
 from minihyperflows.related.channels import ChannelGroup, channel_groups
 
@@ -31,12 +31,7 @@ def cut(net: Module, groups: Mapping[str, ChannelGroup], keep: Mapping[str, np.n
             of the images or of the network's outputs; gates. Nothing has changed then.
     """
     modules = dict(net.named_modules())
-    masks = {name: np.asarray(mask, dtype=bool) for name, mask in keep.items()}
-    for name, mask in masks.items():
-        _check(groups[name], mask)
-    if any(isinstance(m, Weighted) and m.weight_gate for m in modules.values()):
-        raise ValueError("the network has gates: take them off before channels are removed")
-    for name, mask in masks.items():
+    for name, mask in checked(net, groups, keep).items():
         group = groups[name]
         for layer in group.outputs:
             _keep_outputs(modules[layer], mask)
@@ -72,6 +67,22 @@ def set_widths(net: Module, input_shape: tuple[int, ...], widths: Mapping[str, i
         layer.weight.data = layer.weight.data * scale
         if layer.bias is not None:
             layer.bias.data = layer.bias.data * scale
+
+
+def checked(
+    net: Module, groups: Mapping[str, ChannelGroup], keep: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """``keep`` as arrays of bool, if these channels can be removed from ``net``.
+
+    Raises:
+        KeyError, ValueError: as :func:`cut`.
+    """
+    masks = {name: np.asarray(mask, dtype=bool) for name, mask in keep.items()}
+    for name, mask in masks.items():
+        _check(groups[name], mask)
+    if any(layer.weight_gate for layer in weighted_layers(net).values()):
+        raise ValueError("the network has gates: take them off before channels are removed")
+    return masks
 
 
 def _check(group: ChannelGroup, mask: np.ndarray) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from minihyperflows.engine.backend import to_device
 from minihyperflows.nn.module import Module
 from minihyperflows.related.channels import ChannelGroup, channel_groups
-from minihyperflows.related.cutting import cut
+from minihyperflows.related.cutting import checked, cut
 
 COMBINATIONS: dict[str, Callable[..., np.ndarray]] = {"mean": np.mean, "sum": np.sum, "max": np.max}
 
@@ -21,15 +21,17 @@ def remove_filters(
 ) -> Module:
     """A smaller copy of ``net`` without the filters that ``keep`` leaves out.
 
-    It computes what ``net`` computes with the outputs of those filters, behind batch norm and ReLU,
-    set to zero (:func:`zero_filters`). Their batch norm's entries and the next layers' inputs are
-    gone too, so the copy is an ordinary network, with fewer operations, to train with a new
-    optimiser.
+    It computes what ``net`` computes with the outputs of those filters, behind batch norm and the
+    activation f, set to zero. Where f(0) = 0, as for ReLU and tanh, this is what
+    :func:`zero_filters` does; a sigmoid makes 1/2 of its zeros. Their batch norm's entries and the
+    next layers' inputs are gone too, so the copy is an ordinary network, with fewer operations, to
+    train with a new optimiser.
 
     Args:
         net: without gates or masks; it stays as it is.
         keep: for some of the :func:`~minihyperflows.related.channels.channel_groups` of ``net``, by
-            name, a boolean mask (C,) of the channels to keep, at least one.
+            name, a boolean mask (C,) of the channels to keep, at least one; :func:`fewest`, if the
+            smaller network is to have the same groups.
         input_shape: of one image, (H, W, C).
 
     Raises:
@@ -45,17 +47,17 @@ def zero_filters(
 ) -> Module:
     """A copy of ``net`` of the same size in which the filters that ``keep`` leaves out give zeros.
 
-    Their weights are 0, and so are the biases, scales and shifts behind them. Arguments as for
-    :func:`remove_filters`.
+    Their weights are 0, and so are the biases, scales and shifts behind them, so an activation
+    makes f(0) of them: 0 for ReLU and tanh. Arguments and errors as for :func:`remove_filters`.
     """
     zeroed = copy.deepcopy(net)
     groups = channel_groups(zeroed, input_shape)
     modules: dict[str, Any] = dict(zeroed.named_modules())
-    for name, mask in keep.items():
+    for name, mask in checked(zeroed, groups, keep).items():
         for member in (*groups[name].outputs, *groups[name].norms):
             for tensor in (modules[member].weight, modules[member].bias):
                 if tensor is not None:
-                    factor = np.asarray(mask, tensor.dtype).reshape(-1, *[1] * (tensor.ndim - 1))
+                    factor = mask.astype(tensor.dtype).reshape(-1, *[1] * (tensor.ndim - 1))
                     tensor.data = tensor.data * to_device(factor, tensor.device)
     return zeroed
 
@@ -77,8 +79,7 @@ def channel_scores(
         groups: the network's.
         combine: "mean", "sum" or "max" over the layers of a group.
     """
-    if combine not in COMBINATIONS:
-        raise ValueError(f"combine must be one of {', '.join(COMBINATIONS)}, not {combine!r}")
+    check_combine(combine)
     found = {}
     for name, group in groups.items():
         if group.removable:
@@ -86,6 +87,12 @@ def channel_scores(
             stacked = np.stack([scores[f"{layer}.weight"] for layer in makers])
             found[name] = COMBINATIONS[combine](stacked, axis=0)
     return found
+
+
+def check_combine(combine: str) -> None:
+    """Raise a ValueError unless ``COMBINATIONS`` has it."""
+    if combine not in COMBINATIONS:
+        raise ValueError(f"combine must be one of {', '.join(COMBINATIONS)}, not {combine!r}")
 
 
 def widths(groups: Mapping[str, ChannelGroup]) -> dict[str, int]:
@@ -97,11 +104,19 @@ def safeguard(groups: Mapping[str, ChannelGroup], fraction: float = 0.05) -> dic
     """floor(fraction C) + 1 channels of each group, to keep in any case.
 
     The code of Lubana & Dick 2021 exempts so many filters of a layer, the last ones by index; here
-    ``keep_highest(..., least=safeguard(groups))`` exempts the best. Where a depthwise convolution
-    filters the channels it is at least two of them: with one it would be an ordinary convolution,
-    whose channels are a group of their own.
+    ``keep_highest(..., least=safeguard(groups))`` exempts the best. It is never less than
+    :func:`fewest`.
     """
     return {
-        name: max(int(fraction * size) + 1, 2 if groups[name].depthwise else 1)
+        name: max(int(fraction * size) + 1, fewest(groups[name]))
         for name, size in widths(groups).items()
     }
+
+
+def fewest(group: ChannelGroup) -> int:
+    """How many channels a group must keep: 1, or 2 where a depthwise convolution filters them.
+
+    With one channel that would be an ordinary convolution, whose output is a group of its own, so
+    that in the next round the network would have other groups.
+    """
+    return 2 if group.depthwise else 1

@@ -101,6 +101,9 @@ class Pruner:
     Args:
         sparsity: the fraction of weights to remove in the end, in [0, 1).
 
+    Raises:
+        ValueError: another sparsity; in subclasses, settings with which nothing would be removed.
+
     Attributes:
         masks: the masks by layer name, in the order of the layers.
         kept: how many weights are to be present in the end.
@@ -185,7 +188,12 @@ def largest(values: np.ndarray, count: int) -> np.ndarray:
     """True at the ``count`` largest values; in a tie the earlier ones.
 
     The beginning of a stable argsort of -values, without sorting the rest.
+
+    Raises:
+        ValueError: a value is NaN, which is neither larger nor smaller than another.
     """
+    if np.isnan(values).any():
+        raise ValueError("a score is NaN, so none is largest: has the training diverged?")
     chosen = np.zeros(values.shape, dtype=bool)
     if count > 0:
         least = -np.partition(-values, count - 1)[count - 1]
@@ -193,6 +201,23 @@ def largest(values: np.ndarray, count: int) -> np.ndarray:
         ties = np.flatnonzero(values == least)
         chosen[ties[: count - np.count_nonzero(chosen)]] = True
     return chosen
+
+
+# -- settings ------------------------------------------------------------------------------------
+
+
+def _check_period(begin: float, end: float) -> None:
+    """With another end the last step of pruning would never come."""
+    if not (0 <= begin <= end <= 1 and end > 0):
+        raise ValueError(
+            "begin and end are fractions of the training, 0 <= begin <= end <= 1 and end > 0, "
+            f"not {begin} and {end}"
+        )
+
+
+def _check_every(every: int) -> None:
+    if every < 1:
+        raise ValueError(f"every is a number of steps, at least 1, not {every}")
 
 
 # -- all at once ---------------------------------------------------------------------------------
@@ -236,6 +261,9 @@ class Iterative(Pruner):
 
     def __init__(self, sparsity: float, rounds: int = 8, end: float = 0.8) -> None:
         super().__init__(sparsity)
+        if rounds < 1:
+            raise ValueError(f"rounds must be at least 1, not {rounds}")
+        _check_period(0.0, end)
         self.rounds, self.end = rounds, end
 
     def round_ends(self) -> list[int]:
@@ -268,6 +296,8 @@ class Scheduled(Pruner):
         self, sparsity: float, begin: float = 0.0, end: float = 0.8, every: int = 100
     ) -> None:
         super().__init__(sparsity)
+        _check_period(begin, end)
+        _check_every(every)
         self.begin, self.end, self.every = begin, end, every
 
     def scores(self) -> list[np.ndarray]:
@@ -373,6 +403,9 @@ class RigL(Pruner):
         self, sparsity: float, every: int = 100, fraction: float = 0.3, until: float = 0.75
     ) -> None:
         super().__init__(sparsity)
+        _check_every(every)
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"fraction is of the present weights, in [0, 1], not {fraction}")
         self.every, self.fraction, self.until = every, fraction, until
 
     def prepare(self) -> None:

@@ -70,24 +70,41 @@ def keep_highest(
     Raises:
         ValueError: a score is NaN; ``least`` or what is present does not leave that choice.
     """
-    ranks = {}
-    fixed = available = 0
+    safe, others = {}, {}  # the highest that stay in any case, and those in competition
     for name, score in scores.items():
         if np.isnan(score).any():
             raise ValueError(f"{name} has a score that is NaN")
         here = np.ones(score.shape, bool) if present is None else present[name]
-        rank = np.where(here, score.astype(float), -np.inf).reshape(-1)
-        wanted = least if isinstance(least, int) else least[name]
-        wanted = min(wanted, int(here.sum()))
-        rank[largest(rank, wanted)] = np.inf
-        ranks[name] = rank
-        fixed, available = fixed + wanted, available + int(here.sum())
-    if not fixed <= count <= available:
-        raise ValueError(f"{count} of {available} cannot be kept, if {fixed} must be")
-    chosen = largest(np.concatenate(list(ranks.values())), count)
-    ends = np.cumsum([len(rank) for rank in ranks.values()])
+        safe[name] = _highest(score, here, min(least_of(least, name), int(here.sum())))
+        others[name] = here & ~safe[name]
+    fixed, free = (int(_joined(masks).sum()) for masks in (safe, others))
+    if not fixed <= count <= fixed + free:
+        raise ValueError(f"{count} of {fixed + free} cannot be kept, if {fixed} must be")
+    chosen = _joined(safe) | _highest(_joined(scores), _joined(others), count - fixed)
+    ends = np.cumsum([mask.size for mask in safe.values()])
     parts = np.split(chosen, ends[:-1])
     return {n: part.reshape(scores[n].shape) for n, part in zip(scores, parts, strict=True)}
+
+
+def least_of(least: int | Mapping[str, int], name: str) -> int:
+    """How many of the array ``name`` stay in any case."""
+    return least[name] if isinstance(least, Mapping) else least
+
+
+def _highest(scores: np.ndarray, among: np.ndarray, count: int) -> np.ndarray:
+    """True at the ``count`` highest scores of the places where ``among`` is True.
+
+    The others are left out, rather than scored -inf: a score may itself be infinite.
+    """
+    places = np.flatnonzero(among)
+    chosen = np.zeros(scores.size, bool)
+    chosen[places[largest(scores.reshape(-1)[places].astype(float), count)]] = True
+    return chosen.reshape(scores.shape)
+
+
+def _joined(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """All arrays one after another, in one dimension."""
+    return np.concatenate([array.reshape(-1) for array in arrays.values()])
 
 
 def keep_within(
@@ -111,7 +128,7 @@ def keep_within(
         ValueError: even the least choice costs more.
     """
     here = {n: s.size if present is None else int(present[n].sum()) for n, s in scores.items()}
-    low = sum(min(least if isinstance(least, int) else least[n], here[n]) for n in scores)
+    low = sum(min(least_of(least, n), here[n]) for n in scores)
     high = sum(here.values())
     best = keep_highest(scores, low, least, present)
     if cost(best) > limit:

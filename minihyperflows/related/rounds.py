@@ -17,16 +17,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
 
 from minihyperflows.nn.layers import weighted_layers
 from minihyperflows.nn.module import Module
-from minihyperflows.related.channels import channel_groups
-from minihyperflows.related.filters import channel_scores, remove_filters, widths
+from minihyperflows.related.channels import ChannelGroup, channel_groups
+from minihyperflows.related.filters import (
+    channel_scores,
+    check_combine,
+    fewest,
+    remove_filters,
+    widths,
+)
 from minihyperflows.related.pruners import attach_masks
-from minihyperflows.related.ranking import Masks, keep_highest, kept_fraction
+from minihyperflows.related.ranking import Masks, keep_highest, kept_fraction, least_of
 
 Train: TypeAlias = Callable[[Module], object]
 Scores: TypeAlias = Callable[[Module], Mapping[str, np.ndarray]]
@@ -80,15 +87,55 @@ def prune_weights(
         score: gives the scores of the network's weights, keyed like ``named_parameters()``.
         least: so many weights of each layer stay, whatever their scores; with 0 a layer may vanish.
         exclude: names of layers that are not pruned.
+
+    Raises:
+        ValueError: at the call, before anything is trained or masked: there are no such rounds, no
+            such sparsity, or no such layers; or more must stay than is left. In the first round:
+            the layers have masks or gates already.
     """
-    masks = {name: m for name, m in attach_masks(net).items() if name not in exclude}
+    layers = weighted_layers(net)
+    if unknown := sorted(set(exclude) - set(layers)):
+        raise ValueError(f"no layer {', '.join(unknown)} to exclude: there are {', '.join(layers)}")
+    sizes = {name: m.weight.size for name, m in layers.items() if name not in exclude}
+    course = _course(sizes, dict.fromkeys(sizes, least), sparsity, rounds)
+    return _weights_in_rounds(net, list(sizes), course, train, score, least)
+
+
+def _course(
+    sizes: Mapping[str, int], safe: Mapping[str, int], sparsity: float, rounds: int
+) -> list[int]:
+    """How many of all are kept after each round; so many of each, if they exist, are safe."""
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, not {rounds}")
+    if not sizes:
+        raise ValueError("nothing to prune: no layer or group of channels may lose anything")
+    total, fixed = sum(sizes.values()), sum(min(safe[n], size) for n, size in sizes.items())
+    course = [round(kept_fraction(k, rounds, sparsity) * total) for k in range(1, rounds + 1)]
+    if course[-1] < fixed:
+        raise ValueError(
+            f"a sparsity of {sparsity:g} leaves {course[-1]} of {total}, but {fixed} must stay: "
+            "lower the sparsity or least"
+        )
+    return course
+
+
+def _weights_in_rounds(
+    net: Module,
+    layers: Sequence[str],
+    course: Sequence[int],
+    train: Train,
+    score: Scores,
+    least: int,
+) -> Iterator[Round]:
+    """The rounds after which there are as many weights as ``course`` says."""
+    attached = attach_masks(net)
+    masks = {name: attached[name] for name in layers}
     total = sum(mask.present.size for mask in masks.values())
-    for k in range(1, rounds + 1):
+    for k, kept in enumerate(course, start=1):
         train(net)
         found = score(net)
         scores = {name: found[f"{name}.weight"] for name in masks}
         present = {name: mask.present for name, mask in masks.items()}
-        kept = round(kept_fraction(k, rounds, sparsity) * total)
         keep = keep_highest(scores, kept, least, present)
         for name, mask in masks.items():
             mask.present = keep[name]
@@ -128,14 +175,19 @@ def prune_filters(
         train: trains a network, in place, before each round.
         score: gives (C,) scores of a network's filters, keyed like ``named_parameters()``.
         combine: how the filters of a group share a score; see :func:`~filters.channel_scores`.
-        least: how many channels of each group stay in any case, at least 1.
+        least: how many channels of each group stay in any case: one number, or one for every group
+            by name. It counts as :func:`~filters.fewest` where it is less.
+
+    Raises:
+        ValueError: at the call, before anything is trained: there are no such rounds, no such
+            sparsity, no such way to combine, or no such groups; or more must stay than is left.
     """
-    total = sum(widths(channel_groups(net, input_shape)).values())
-    for k in range(1, rounds + 1):
-        train(net)
-        kept = round(kept_fraction(k, rounds, sparsity) * total)
-        net, keep = _without_lowest(net, input_shape, score, kept, combine, least)
-        yield Round(k, net, keep, kept, total)
+    check_combine(combine)
+    groups = channel_groups(net, input_shape)
+    safe = _safe(groups, least)
+    course = _course(widths(groups), safe, sparsity, rounds)
+    plan = [(kept, safe) for kept in course]
+    return _filters_in_rounds(net, input_shape, plan, train, score, combine)
 
 
 def prune_to_widths(
@@ -154,25 +206,49 @@ def prune_to_widths(
 
     Args:
         net, input_shape, train, score, combine: as for :func:`prune_filters`.
-        goals: for each round how many channels to keep of each group that can be pruned.
+        goals: for each round how many channels to keep of each group that can be pruned, no more
+            than before; at least :func:`~filters.fewest` are kept.
+
+    Raises:
+        ValueError: at the call, before anything is trained: goals for other groups, or with more
+            channels than there are; no such way to combine.
     """
-    total = sum(widths(channel_groups(net, input_shape)).values())
-    for k, goal in enumerate(goals, start=1):
-        train(net)
-        kept = sum(goal.values())
-        net, keep = _without_lowest(net, input_shape, score, kept, combine, least=goal)
-        yield Round(k, net, keep, kept, total)
+    check_combine(combine)
+    groups = channel_groups(net, input_shape)
+    safe = [_safe(groups, goal) for goal in goals]
+    for before, after in pairwise([widths(groups), *safe]):
+        if more := [name for name in after if after[name] > before[name]]:
+            name = more[0]
+            raise ValueError(f"{name}: {after[name]} of {before[name]} channels cannot be kept")
+    plan = [(sum(goal.values()), goal) for goal in safe]
+    return _filters_in_rounds(net, input_shape, plan, train, score, combine)
 
 
-def _without_lowest(
+def _safe(groups: Mapping[str, ChannelGroup], least: int | Mapping[str, int]) -> dict[str, int]:
+    """How many channels of each group stay in any case."""
+    sizes = widths(groups)
+    if isinstance(least, Mapping) and set(least) != set(sizes):
+        raise ValueError(
+            f"numbers of channels are needed for the groups {', '.join(sizes)}, there are some for "
+            f"{', '.join(least)}"
+        )
+    return {name: max(least_of(least, name), fewest(groups[name])) for name in sizes}
+
+
+def _filters_in_rounds(
     net: Module,
     input_shape: tuple[int, ...],
+    plan: Sequence[tuple[int, Mapping[str, int]]],
+    train: Train,
     score: Scores,
-    kept: int,
     combine: str,
-    least: int | Mapping[str, int],
-) -> tuple[Module, Masks]:
-    """A smaller network with ``kept`` channels, and which they are."""
-    scores = channel_scores(score(net), channel_groups(net, input_shape), combine)
-    keep = keep_highest(scores, kept, least)
-    return remove_filters(net, keep, input_shape), keep
+) -> Iterator[Round]:
+    """A round for each (kept, safe) of ``plan``: so many channels in all, and so many of each group
+    in any case."""
+    total = sum(widths(channel_groups(net, input_shape)).values())
+    for k, (kept, safe) in enumerate(plan, start=1):
+        train(net)
+        scores = channel_scores(score(net), channel_groups(net, input_shape), combine)
+        keep = keep_highest(scores, kept, safe)
+        net = remove_filters(net, keep, input_shape)
+        yield Round(k, net, keep, kept, total)
