@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -117,6 +118,30 @@ def test_reestimated_statistics_are_the_means_over_the_batches() -> None:
     assert norm.momentum == 0.1
     assert not norm.training
     np.testing.assert_array_equal(net.named_parameters()["conv1.weight"].data, weights)
+
+
+def test_reestimation_puts_modes_and_momenta_back(rng: np.random.Generator) -> None:
+    """Those of every module by itself, and after an error amid the batches too."""
+    net = build("resnet20", rng)
+    modules = dict(net.named_modules())
+    norm = modules["layer1.0.bn1"]
+    assert isinstance(norm, nn.BatchNorm2d)
+    norm.training, norm.momentum = False, 0.3
+
+    def settings() -> list[Any]:
+        return [(m.training, getattr(m, "momentum", None)) for m in modules.values()]
+
+    def broken() -> Iterator[Tensor]:
+        yield from [Tensor(np.ones((2, *IMAGE), np.float32))] * 2
+        raise OSError("no more images")
+
+    before, mean = settings(), norm.running_mean.data.copy()
+    reestimate_norms(net, [Tensor(np.ones((2, *IMAGE), np.float32))])
+    assert settings() == before
+    assert (norm.running_mean.data != mean).any()
+    with pytest.raises(OSError, match="no more images"):
+        reestimate_norms(net, broken())
+    assert settings() == before
 
 
 # -- PyTorch ---------------------------------------------------------------------------------------

@@ -137,6 +137,41 @@ def test_a_flattened_map_repeats_its_latent(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(net(x).data, network(x).data, rtol=1e-5, atol=1e-6)
 
 
+class Again(nn.Module):
+    """Four linear layers: the second is used twice, the last never."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.first = nn.Linear(5, 8, rng=rng)
+        self.twice = nn.Linear(8, 8, rng=rng)
+        self.last = nn.Linear(8, 3, rng=rng)
+        self.never = nn.Linear(8, 8, rng=rng)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.twice(F.relu(self.twice(self.first(x))))))
+
+
+def test_what_the_network_does_not_use_keeps_its_weight(rng: np.random.Generator) -> None:
+    net = Again(rng)
+    own = net.never.weight.data.copy()
+    network = HyperNetwork(net, (5,), minimum=1, rng=rng)
+    assert list(network.layers) == ["first", "twice"]
+    scatter_latents(network)
+    small = extract(network)
+    np.testing.assert_array_equal(small.named_parameters()["never.weight"].data, own)
+    assert small(np.ones((2, 5), np.float32)).shape == (2, 3)
+
+
+def test_a_layer_that_is_used_twice_costs_twice(rng: np.random.Generator) -> None:
+    """5 8 + 2 8 8 + 8 3 multiplications, 5 8 + 8 8 + 8 3 weights."""
+    net = Again(rng)
+    groups = channel_groups(net, (5,))
+    widths = {name: group.size for name, group in groups.items()}
+    assert macs(layer_costs(net, (5,), groups), widths) == 192
+    assert macs(layer_weights(net, groups), widths) == 128
+    half = widths | {"first": 4}
+    assert macs(layer_costs(net, (5,), groups), half) == 5 * 4 + 2 * 4 * 4 + 4 * 3
+
+
 def test_options_out_of_range(rng: np.random.Generator) -> None:
     for option in ({"minimum": 0}, {"embedding": 0}, {"classifier_keeps": 1.5}):
         with pytest.raises(ValueError, match=next(iter(option))):
@@ -298,6 +333,21 @@ def test_control_widths_cost_what_was_asked_for(name: str) -> None:
     assert widths_at(1.0, network.costs, network.groups) == sizes
     with pytest.raises(ValueError, match="fewest channels"):
         widths_at(0.5, network.costs, network.groups, floors=sizes)
+
+
+def test_the_ratio_of_some_widths_leads_back_to_them(rng: np.random.Generator) -> None:
+    """Though a / b times b may be rounded to less than a."""
+    net = models.resnet(20, rng=rng)
+    groups = channel_groups(net, IMAGE)
+    costs = layer_costs(net, IMAGE, groups)
+    whole = {name: group.size for name, group in groups.items()}
+    rounded_down = 0
+    for k in range(1, 16):
+        widths = {n: k * c // 16 if groups[n].removable else c for n, c in whole.items()}
+        ratio = macs(costs, widths) / macs(costs, whole)
+        rounded_down += ratio * macs(costs, whole) < macs(costs, widths)
+        assert widths_at(ratio, costs, groups) == widths
+    assert rounded_down > 0
 
 
 def macs_of(net: nn.Module) -> int:

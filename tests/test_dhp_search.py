@@ -18,7 +18,14 @@ from minihyperflows.nn.models.resnet import BasicBlock, ResNet
 from minihyperflows.nn.optim import sgd_rule
 from minihyperflows.related import dhp
 from minihyperflows.related.channels import channel_groups
-from minihyperflows.related.dhp import HyperNetwork, Search, extract, generated, soft_threshold
+from minihyperflows.related.dhp import (
+    HyperLayer,
+    HyperNetwork,
+    Search,
+    extract,
+    generated,
+    soft_threshold,
+)
 
 IMAGE = (8, 8, 3)
 
@@ -102,6 +109,20 @@ def test_any_optimiser_can_take_the_place_of_sgd() -> None:
     search.step()
     step = abs(network.layers["conv1"].W2.data - before)
     assert step.max() == pytest.approx(1e-3, rel=1e-3)  # Adam's first step, at the search's rate
+
+
+def test_hypernetworks_are_replaced_before_a_search(rng: np.random.Generator) -> None:
+    """Later the optimiser would go on moving the old one."""
+    search = small_search()
+    network, old = search.network, search.network.layers["conv1"]
+    network.replace("conv1", HyperLayer(old.shape, rng=rng, dtype=np.float64))
+    backward(network)
+    latent = network.latents["conv1"].data.copy()
+    with pytest.raises(ValueError, match="replace hypernetworks first"):
+        search.step()
+    np.testing.assert_array_equal(network.latents["conv1"].data, latent)
+    assert search.steps == 0
+    Search(network, 0.5, 0.1).step()
 
 
 def test_the_stop_is_looked_at_every_so_many_steps() -> None:

@@ -74,7 +74,8 @@ def widths_at(
         scaled = {n: max(floors.get(n, 1), round(s * shares.get(n, 1.0) * whole[n])) for n in whole}
         return {n: min(scaled[n], c) if groups[n].removable else c for n, c in whole.items()}
 
-    limit = ratio * macs(costs, whole)
+    # A ratio a / b, times b, may be rounded to just below a: the widths that cost a must pass.
+    limit = ratio * macs(costs, whole) * (1 + 1e-12)
     if macs(costs, widths(0.0)) > limit:
         raise ValueError(f"the fewest channels cost more than {ratio} of the multiplications")
     low, high = 0.0, 1 / min([share for share in shares.values() if share > 0], default=1)
@@ -91,7 +92,8 @@ def layer_costs(
 ) -> list[LayerCost]:
     """The costs of the convolutions and linear layers of ``net``, in the order of computation.
 
-    Every layer whose outputs are in a group with batch norms is taken to be followed by one.
+    A layer that is used several times costs that much more; one that is not used is left out. Every
+    layer whose outputs are in a group with batch norms is taken to be followed by one.
 
     Args:
         net: without gates.
@@ -107,13 +109,14 @@ def layer_weights(net: Module, groups: Mapping[str, ChannelGroup]) -> list[Layer
     So whatever counts multiplications counts weights instead (and with ``norms`` the scales and
     shifts behind them).
     """
-    return _costs(net, groups, dict.fromkeys(weighted_layers(net), 1))
+    made = group_of_outputs(groups)
+    return _costs(net, groups, {name: 1 for name in weighted_layers(net) if name in made})
 
 
 def output_pixels(net: Module, input_shape: tuple[int, ...]) -> dict[str, int]:
     """H' W' of the outputs of each convolution, 1 for a linear layer, in the order of computation.
 
-    In how many multiplications every weight of the layer takes part.
+    In how many multiplications every weight of the layer takes part, in all its uses together.
     """
     layers = weighted_layers(net)
     pixels = {}

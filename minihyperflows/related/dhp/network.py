@@ -56,9 +56,10 @@ class GeneratedWeight:
 class HyperNetwork(Module):
     """``net`` with weights that hypernetworks generate; calling it calls ``net``.
 
-    The linear layer that makes the network's outputs keeps its own weight; so do batch norms and
-    biases. ``parameters()`` and ``latents`` together are all that is trained; the weights that are
-    not used any more have a role of their own, "replaced", and stay as they are.
+    The linear layer that makes the network's outputs keeps its own weight; so do batch norms,
+    biases, and layers that the network does not use. ``parameters()`` and ``latents`` together are
+    all that is trained; the weights that are not used any more have a role of their own,
+    "replaced", and stay as they are.
 
     A latent belongs to a group of channels and has its name. In place of the latent of what it
     reads, a depthwise convolution has one of its own with one entry, ``"<layer>.input"``.
@@ -115,7 +116,9 @@ class HyperNetwork(Module):
         self.layers: dict[str, HyperLayer] = {}
         made = group_of_outputs(self.groups)
         generated = {
-            n: m for n, m in weighted.items() if not _makes_scores(m, self.groups[made[n]])
+            n: m
+            for n, m in weighted.items()
+            if n in made and not _makes_scores(m, self.groups[made[n]])
         }
         for name, layer in generated.items():
             shape = layer.weight.shape
@@ -139,8 +142,9 @@ class HyperNetwork(Module):
     def replace(self, layer: str, hypernetwork: HyperLayer) -> None:
         """Let another hypernetwork make the weight of the layer of this name; the latents stay.
 
-        It need not be a :class:`HyperLayer`: a module with a method ``generate(z_in, z_out)`` that
-        returns the weight will do.
+        Do it before a :class:`Search` begins, whose optimiser lists the parameters that there are
+        then. It need not be a :class:`HyperLayer`: a module with a method ``generate(z_in, z_out)``
+        that returns the weight will do.
 
         Raises:
             ValueError: no hypernetwork makes the weight of such a layer.

@@ -87,7 +87,13 @@ class Search:
         return self.ratio - self.target <= self.stop_limit
 
     def step(self) -> None:
-        """One step along the gradients that are there, then the proximal step."""
+        """One step along the gradients that are there, then the proximal step.
+
+        Raises:
+            ValueError: an optimiser has parameters that the network has not, as after
+                :meth:`HyperNetwork.replace`: the new ones would never move.
+        """
+        self._check_optimizers()
         for optimizer in (self.weight_optimizer, self.latent_optimizer):
             optimizer.lr = self.lr
             optimizer.step()
@@ -97,6 +103,15 @@ class Search:
         self.steps += 1
         if self.steps % self.check_every == 0:
             self.history.append((self.steps, self.network.flops_ratio()))
+
+    def _check_optimizers(self) -> None:
+        there = set(self.network.named_tensors().values())
+        for optimizer in (self.weight_optimizer, self.latent_optimizer):
+            if not there.issuperset(optimizer.params):
+                raise ValueError(
+                    "the network has other parameters than when the search began: replace "
+                    "hypernetworks first, then make the Search"
+                )
 
     def state_dict(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Everything that the next step depends on: arrays, and plain JSON values.
