@@ -41,8 +41,10 @@ class Centred(HyperLayer):
 
 
 class Deaf(HyperLayer):
+    """In everything else it is right, gradients and variance too."""
+
     def latent_matrix(self, z_in: Tensor, z_out: Tensor) -> Tensor:
-        return z_out.reshape(-1, 1) * z_out.data.mean() + 0.0 * z_in.reshape(1, -1)
+        return z_out.reshape(-1, 1) + 0.0 * z_in.reshape(1, -1)
 
 
 class Detached(HyperLayer):
@@ -70,7 +72,7 @@ class OneNumber(HyperLayer):
         (Transposed, "generate returns shape"),
         (OneNumber, "generate returns shape"),
         (Centred, "also moves weights of other channels"),
-        (Deaf, "z_out|does not depend on z_in"),
+        (Deaf, r"the weight does not depend on z_in\[0\]"),
         (Detached, "z_in gets no gradient"),
         (Large, "variance"),
     ],

@@ -24,6 +24,16 @@ def test_the_package_s_scores_pass(name: str, level: str, mode: str) -> None:
     check_score(lambda net, x, y: importance(net, x, y, name, level, mode=mode), level)
 
 
+@pytest.mark.parametrize("level", ["weight", "filter"])
+@pytest.mark.parametrize("name", [s for s in SCORES if s not in ("random", "distance")])
+def test_scores_in_single_precision_pass(name: str, level: str) -> None:
+    """Sums in another order differ more than in double precision."""
+    for seed in range(3):
+        check_score(
+            lambda net, x, y: importance(net, x, y, name, level, dtype=np.float32), level, rng=seed
+        )
+
+
 def of_layers(net: Module, arrays: Mapping[str, np.ndarray]) -> Arrays:
     return {name: arrays[name] for name in layers_by_weight(net)}
 
@@ -106,6 +116,24 @@ def by_place(net: Module, x: Any, labels: Any) -> Arrays:
 
 def first_image(net: Module, x: Any, labels: Any) -> Arrays:
     return importance(net, x[:1], labels[:1])
+
+
+@pytest.mark.parametrize("broken", [random, by_place, first_image])
+def test_broken_scores_are_found_in_single_precision(broken: Callable[..., Arrays]) -> None:
+    with pytest.raises(AssertionError, match="other scores"):
+        check_score(lambda *given: {k: a.astype(np.float32) for k, a in broken(*given).items()})
+
+
+def almost(net: Module, x: Any, labels: Any) -> Arrays:
+    """Depends on the order of the images in the fifth digit: too much in double precision only."""
+    factor = 1 + 3e-5 * np.sign(labels[0] - labels[-1])
+    return {k: factor * a for k, a in importance(net, x, labels).items()}
+
+
+def test_double_precision_is_held_to_more_than_single() -> None:
+    with pytest.raises(AssertionError, match="other scores"):
+        check_score(almost)
+    check_score(lambda *given: {k: a.astype(np.float32) for k, a in almost(*given).items()})
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")

@@ -275,11 +275,38 @@ def test_taylor_links(rng: np.random.Generator) -> None:
     assert not gf.without(theta, p)[p].any()
 
 
-def test_at_a_minimum_only_the_second_order_is_left() -> None:
-    h, minimum = np.array([0.5, 2.0, 4.0]), np.array([1.0, -0.5, 2.0])
-    g = h * (minimum - minimum)
-    assert not gf.loss_change(minimum, g).any()
-    assert not gf.gradient_norm_change(minimum, h * g).any()
+class Quadratic:
+    """L = 1/2 (theta - minimum).H (theta - minimum): its second order is all that there is."""
+
+    def __init__(self, hessian: np.ndarray, minimum: np.ndarray) -> None:
+        self.hessian, self.minimum = hessian, minimum
+
+    def loss(self, weights: np.ndarray) -> float:
+        return float(self.gradient(weights) @ (weights - self.minimum) / 2)
+
+    def gradient(self, weights: np.ndarray) -> np.ndarray:
+        return self.hessian @ (weights - self.minimum)
+
+    def hessian_product(self, v: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        return self.hessian @ v
+
+
+def test_at_a_minimum_only_the_second_order_is_left(rng: np.random.Generator) -> None:
+    """There the first says nothing, and the second all: 1/2 theta_p.H theta_p; elsewhere both."""
+    root = rng.standard_normal((4, 4))
+    land = Quadratic(root @ root.T, np.array([1.0, -0.5, 2.0, 0.7]))
+    members = np.array([True, False, True, False])
+    for theta in (land.minimum, land.minimum + rng.standard_normal(4)):
+        change = land.loss(gf.without(theta, members)) - land.loss(theta)
+        found = gf.loss_change_to_second_order(land, theta, members)  # type: ignore[arg-type]
+        assert found == pytest.approx(change, rel=1e-12)
+    at_minimum = gf.loss_change(land.minimum, land.gradient(land.minimum))
+    assert not at_minimum.any()
+    removed = np.where(members, land.minimum, 0)
+    by_hand = removed @ land.hessian @ removed / 2
+    assert by_hand > 0.1
+    found = gf.loss_change_to_second_order(land, land.minimum, members)  # type: ignore[arg-type]
+    assert found == pytest.approx(by_hand, rel=1e-12)
 
 
 def test_where_the_hessian_is_diagonal_grasp_follows_the_loss(rng: np.random.Generator) -> None:
