@@ -1,13 +1,45 @@
-"""How the command of a study ends when it cannot go on."""
+"""What the commands of studies share: types of options, and how they end if they cannot go on."""
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from minihyperflows.engine import DeviceError
 from minihyperflows.lab.errors import UserError
+
+DIGITS = 6  # of a fraction; tables keep as many or more
+
+
+def parse_seed(text: str) -> int:
+    """The type of an option that is a seed: a whole number from 0 on.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not text.isdecimal():
+        raise UserError(f"{text!r} is no seed: write a whole number from 0 on")
+    return int(text)
+
+
+def parse_fraction(text: str, whole: bool = False) -> float:
+    """The type of an option that is a fraction: above 0 and below 1, with ``whole`` also 1.
+
+    Rounded to the digits that tables keep, or a run would not be recognised by its row.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        value = float(f"{float(text):.{DIGITS}g}")
+    except ValueError:
+        value = math.nan
+    if not (0 < value < 1 or (whole and value == 1)):
+        most = "at most 1" if whole else "below 1"
+        raise UserError(f"{text!r} is no fraction: write a number above 0 and {most}")
+    return value
 
 
 @contextmanager

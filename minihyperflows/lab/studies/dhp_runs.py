@@ -15,6 +15,7 @@ import numpy as np
 
 from minihyperflows.engine import Tensor
 from minihyperflows.engine.backend import Array, to_numpy, xp_of
+from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import scheduled_lr
 from minihyperflows.lab.studies.dhp_tasks import Experiment, Task, steps_of
 from minihyperflows.lab.train import make_optimizer
@@ -145,6 +146,14 @@ def new_network(
 def prunable(network: dhp.HyperNetwork) -> list[str]:
     """The names of the latents that may lose entries."""
     return [name for name, z in network.latents.items() if network.floors[name] < z.size]
+
+
+def require_reachable(target: float, least: float, who: str) -> None:
+    """Raise UserError, in the name of ``who``, if more than ``target`` stays in any case."""
+    if least > target:
+        raise UserError(
+            f"{who}: {least:.3g} stays in any case, so choose a larger target than {target:g}"
+        )
 
 
 def strong_decay(experiment: Experiment, task: Task) -> float:
