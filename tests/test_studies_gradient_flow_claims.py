@@ -8,18 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from spies import calls_of
 
 from minihyperflows import lab
+from minihyperflows.engine import NonFiniteLossError
 from minihyperflows.lab.data import make_shapes32
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.records import read_records, write_records
 from minihyperflows.lab.studies import gradient_flow_claims as claims
 from minihyperflows.lab.studies import gradient_flow_filters as filters
+from minihyperflows.lab.studies import gradient_flow_runs
 from minihyperflows.lab.studies import gradient_flow_weights as weights
 from minihyperflows.lab.studies.gradient_flow_runs import Course, Plan, State, Task, train_dense
+from minihyperflows.lab.train import evaluate
 from minihyperflows.nn.counting import flops
 from minihyperflows.related import channel_groups
 from minihyperflows.related.filters import widths
+from minihyperflows.related.rounds import prune_weights
 
 TINY = Plan(
     **{"images": 320, "test_images": 100, "epochs": 5, "batch_size": 32, "lr": 0.1},
@@ -116,6 +121,49 @@ def test_what_a_row_says(digits: Task, rounds: int, last: float) -> None:
     assert row["test_accuracy"] > 0.75
 
 
+def test_a_row_by_hand(digits: Task) -> None:
+    """Two rounds: what is measured when, and that the first round is the one that is measured."""
+    row = weights.run(digits, "loss", start=1, rounds=2, kept=0.1, seed=0)
+    net, epoch = digits.dense(0, 1), digits.steps
+    landscape, course = digits.landscape(net), Course(digits, 0, epoch)
+    moments, states = iter([epoch, 2 * epoch]), [State.of(landscape)]
+    scores = digits.scores(weights.RANKINGS["loss"], "weight", 0)
+    for _ in prune_weights(net, 0.9, 2, lambda net: course.advance(net, next(moments)), scores):
+        states.append(State.of(landscape))
+    before, after, last = states
+    assert (row["loss_before"], row["loss_after"]) == (before.loss, after.loss) != last.loss
+    norms = before.gradient_norm, after.gradient_norm
+    assert (row["gradient_norm_before"], row["gradient_norm_after"]) == norms
+    assert row["gradient_ratio"] == norms[1] / norms[0]
+    assert (row["overlap_before"], row["overlap_after"]) == (before.overlap, after.overlap)
+    lost = abs((after.overlap - before.overlap) / before.overlap)
+    assert row["overlap_error"] == pytest.approx(lost)
+    course.advance(net, 3 * epoch)
+    assert row["loss_one_epoch"] == landscape.loss()
+    course.advance(net, 4 * epoch)
+    losses = course.losses[2 * epoch : 4 * epoch]
+    assert row["loss_area"] == pytest.approx(np.mean(losses) * TINY.tail)
+    course.advance(net, 5 * epoch)
+    assert (row["last_pruning"], row["train_loss"]) == (2, landscape.loss())
+    assert row["test_accuracy"] == evaluate(net, digits.data)
+
+
+def test_every_round_scores_other_images(
+    digits: Task, shapes: lab.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the score of the ranking, at its temperature, in evaluation mode."""
+    calls = calls_of(monkeypatch, gradient_flow_runs, "importance")
+    weights.run(digits, "grasp-200", start=0, rounds=3, kept=0.5, seed=0)
+    small = Task(shapes, SMALL, filters.resnet20)
+    list(filters.run(small, "loss", start=0, rounds=3, kept=0.5, seed=0, controls=()))
+    names = ("score", "level", "temperature", "mode")
+    assert [tuple(call[name] for name in names) for call in calls] == [
+        *[("grasp", "weight", 200, "eval")] * 3,
+        *[("loss_preservation", "filter", 5, "eval")] * 3,
+    ]
+    assert len({call["x"].tobytes() for call in calls}) == 6
+
+
 def test_the_claims_in_small(digits: Task) -> None:
     """One seed, 90 % of the weights at once: only what is far apart."""
 
@@ -135,11 +183,18 @@ def test_the_claims_in_small(digits: Task) -> None:
 
 
 def test_a_training_that_fails_is_a_row(digits: Task) -> None:
+    """Whenever it fails: with the network that the last round has left, if there was one."""
     digits.plan = dataclasses.replace(TINY, lr=1e6)
     row = weights.run(digits, "random", start=0, rounds=1, kept=0.5, seed=0)
     assert row["diverged"] == 1
     assert row["remaining"] == 25_100
     assert "test_accuracy" not in row
+    assert weights.run(digits, "random", start=1, rounds=1, kept=0.5, seed=0) == {"diverged": 1}
+    assert train_dense(digits, 0) == {"diverged": 1}
+    net = digits.network(0)
+    net.fc1.weight.data[0, 0] = np.nan
+    with pytest.raises(NonFiniteLossError, match="a score is NaN"):
+        digits.scores(weights.RANKINGS["magnitude"], "weight", 0)(net)
 
 
 # -- filters ---------------------------------------------------------------------------------------
@@ -171,6 +226,19 @@ def test_filters_and_their_controls(network: str, shapes: lab.Dataset) -> None:
         assert row["loss_before"] == score["loss_before"]
         assert 0 <= row["test_accuracy"] <= 1
         assert np.isfinite([row["loss_after"], row["loss_area"], row["gradient_ratio"]]).all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(("start", "rounds", "left"), [(1, 1, False), (0, 2, True)])
+def test_controls_of_a_training_that_fails(
+    start: int, rounds: int, left: bool, shapes: lab.Dataset
+) -> None:
+    """Before the first round, or between two: there is nothing that they could follow."""
+    task = Task(shapes, dataclasses.replace(SMALL, lr=1e30, batch_size=8), filters.resnet20)
+    score, *controls = filters.run(task, "random", start, rounds, kept=0.5, seed=0)
+    assert score["diverged"] == 1
+    assert ("widths" in score) is left
+    assert controls == [{"control": name, "diverged": 1} for name in ("widths", "uniform")]
 
 
 def test_the_networks_are_what_they_are_called(shapes: lab.Dataset) -> None:
@@ -240,6 +308,37 @@ def test_controls_that_are_missing_are_added(tmp_path: Path, tiny: None) -> None
     assert again[2]["widths"] == rows[1]["widths"] == rows[0]["widths"]
 
 
+def test_a_run_is_recognised_by_its_row(tmp_path: Path, tiny: None) -> None:
+    """Whatever digits its fraction has, and however often it is asked for."""
+    words = ["--part", "filters", "--dataset", "shapes32", "--networks", "vgg13", "vgg13"]
+    words += ["--scores", "random", "random", "--starts", "0", "0", "--rounds", "1", "1"]
+    words += ["--seeds", "0", "0", "--controls", "widths", "widths"]
+    words += ["--kept", "0.3333333333333333", "0.33333333"]
+    rows = study(tmp_path / "a.csv", *words)
+    assert [(row["control"], row["kept"]) for row in rows] == [("", 0.333333), ("widths", 0.333333)]
+    before = (tmp_path / "a.csv").read_bytes()
+    study(tmp_path / "a.csv", *words)
+    assert (tmp_path / "a.csv").read_bytes() == before
+
+
+def test_what_cannot_be_kept_is_told_before_any_training(
+    tmp_path: Path, tiny: None, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = calls_of(monkeypatch, Task, "dense")
+    words = ["--part", "filters", "--dataset", "shapes32", "--networks", "vgg13", "--seeds", "0"]
+    words += ["--starts", "1", "--rounds", "1", "--scores", "dense", "random", "--kept"]
+    with pytest.raises(SystemExit) as end:
+        study(tmp_path / "a.csv", *words, "0.5", "0.05")
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.endswith("0.05 is too little for vgg13: 42 of 736 channels stay in any case\n")
+    assert not trained
+    fewest = filters.run(
+        Task(make_shapes32(64, 32), SMALL, filters.vgg13), "random", 0, 1, 42 / 736, 0, ()
+    )
+    assert next(iter(fewest))["remaining"] == 42
+
+
 def test_files_are_joined(tmp_path: Path, tiny: None) -> None:
     files = [tmp_path / name for name in ("one.csv", "other.csv", "both.csv")]
     words = ["--scores", "random", "--rounds", "1", "--starts", "0", "--kept", "0.5"]
@@ -256,10 +355,11 @@ def test_files_are_joined(tmp_path: Path, tiny: None) -> None:
         (["--networks", "vgg13"], "no 'vgg13'"),
         (["--controls", "uniform"], "none in this part"),
         (["--dataset", "cifar10"], "choose from digits, mnist"),
-        (["--kept", "0"], "fractions"),
+        (["--kept", "0"], "is no fraction"),
         (["--epochs", "0"], "1 or more"),
         (["--epochs", "12"], "earlier time"),
         (["--rounds", "0"], "no such pruning"),
+        (["--seeds", "-1"], "'-1' is no seed"),
         (["--join", "nowhere.csv"], "no file nowhere.csv"),
         (["--dataset", "mnist", "--data-dir", "nowhere"], "nowhere"),
     ],

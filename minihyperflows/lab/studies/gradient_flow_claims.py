@@ -26,6 +26,7 @@ import argparse
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from minihyperflows.lab.records import join_records, records_so_far, write_recor
 from minihyperflows.lab.runs import provenance
 from minihyperflows.lab.studies import gradient_flow_filters as filters
 from minihyperflows.lab.studies import gradient_flow_weights as weights
-from minihyperflows.lab.studies.command import reporting
+from minihyperflows.lab.studies.command import DIGITS, parse_fraction, parse_seed, reporting
 from minihyperflows.lab.studies.gradient_flow_runs import (
     DTYPE,
     Build,
@@ -135,11 +136,9 @@ class Grid:
 
 def run_study(out: Path, grid: Grid, plan: Plan, data: Dataset, progress: bool = True) -> list[Row]:
     """Do the runs that have no rows in ``out`` yet; returns all rows."""
-    part = PARTS[grid.part]
-    for run in grid.runs():
-        if run.score != DENSE:
-            plan.check(run.start, run.rounds)
-    tasks = {name: Task(data, plan, part.networks[name]) for name in grid.networks}
+    networks = PARTS[grid.part].networks
+    tasks = {name: Task(data, plan, networks[name]) for name in grid.networks}
+    require_possible(grid, plan, tasks)
     rows = records_so_far(out, IDENTITY)
     done = {identity(row) for row in rows}
     missing = [
@@ -152,8 +151,18 @@ def run_study(out: Path, grid: Grid, plan: Plan, data: Dataset, progress: bool =
             row = head(grid, run, plan, data, results.get("control", "")) | results
             if identity(row) not in done:
                 rows.append(row | source(grid, run, plan, data))
-                write_records(out, rows, digits=6)
+                write_records(out, rows, digits=DIGITS)
     return rows
+
+
+def require_possible(grid: Grid, plan: Plan, tasks: Mapping[str, Task]) -> None:
+    """Raise UserError if a run has no time, or must keep more than it may."""
+    pruned = [run for run in grid.runs() if run.score != DENSE]
+    for run in pruned:
+        plan.check(run.start, run.rounds)
+    if grid.part == "filters":
+        for network, kept in dict.fromkeys((run.network, run.kept) for run in pruned):
+            filters.require_possible(tasks[network], kept, network)
 
 
 def results_of(grid: Grid, run: Run, task: Task) -> Iterator[Row]:
@@ -234,9 +243,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("networks", "scores"):
         parser.add_argument(f"--{name}", nargs="+", help="default: those of the part")
     parser.add_argument("--starts", "--times", nargs="+", type=int, metavar="EPOCHS")
-    parser.add_argument("--rounds", nargs="+", type=int, default=ROUNDS)
-    parser.add_argument("--kept", nargs="+", type=float, help="fractions that are to stay")
-    parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--rounds", nargs="+", type=int)
+    fraction = partial(parse_fraction, whole=True)
+    parser.add_argument("--kept", nargs="+", type=fraction, help="fractions that are to stay")
+    parser.add_argument("--seeds", nargs="+", type=parse_seed)
     parser.add_argument("--controls", nargs="*", help="of filters: widths, uniform, or nothing")
     parser.add_argument("--images", type=int, help="of the training set")
     parser.add_argument("--epochs", type=int, help="of the whole training")
@@ -259,22 +269,19 @@ def chosen_plan(options: argparse.Namespace) -> tuple[str, Plan]:
 
 
 def chosen_grid(options: argparse.Namespace) -> Grid:
-    """The runs that the command line asks for."""
+    """The runs that the command line asks for, each once."""
     part = PARTS[options.part]
 
     def choice(name: str, default: Sequence[Any]) -> Sequence[Any]:
         given = getattr(options, name)
-        return default if given is None else given
+        return default if given is None else list(dict.fromkeys(given))
 
     _require("networks", networks := choice("networks", tuple(part.networks)), part.networks)
     _require("scores", scores := choice("scores", part.scores), (DENSE, *part.rankings))
     _require("controls", controls := choice("controls", part.controls), part.controls)
-    kept = choice("kept", part.kept)
-    if any(not 0 < fraction <= 1 for fraction in kept):
-        raise UserError("--kept are fractions above 0, at most 1")
-    seeds = choice("seeds", part.seeds)
-    starts = choice("starts", part.starts)
-    return Grid(options.part, networks, scores, starts, options.rounds, kept, seeds, controls)
+    starts, rounds = choice("starts", part.starts), choice("rounds", ROUNDS)
+    kept, seeds = choice("kept", part.kept), choice("seeds", part.seeds)
+    return Grid(options.part, networks, scores, starts, rounds, kept, seeds, controls)
 
 
 def _require(option: str, given: Sequence[str], known: Mapping[str, Any] | Sequence[str]) -> None:

@@ -20,7 +20,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from minihyperflows.lab.data import Dataset
+from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.studies.gradient_flow_runs import (
+    DIVERGED,
     DTYPE,
     Build,
     Plan,
@@ -95,6 +97,15 @@ NETWORKS: dict[str, Build] = {"vgg13": vgg13, "resnet20": resnet20, "mobilenet":
 # -- the runs ------------------------------------------------------------------------------------
 
 
+def require_possible(task: Task, kept: float, name: str) -> None:
+    """Raise UserError if more channels must stay than the fraction ``kept``."""
+    groups = channel_groups(task.network(0), task.data.train_x.shape[1:])
+    total, least = (sum(sizes.values()) for sizes in (widths(groups), safeguard(groups)))
+    if round(kept * total) < least:
+        stays = f"{least} of {total} channels stay in any case"
+        raise UserError(f"--kept {kept:g} is too little for {name}: {stays}")
+
+
 def run(
     task: Task,
     score: str,
@@ -107,7 +118,7 @@ def run(
     """Prune all but the fraction ``kept`` of the channels, and train: the results, with "control"
     empty, and after them those of the controls."""
     image = task.data.train_x.shape[1:]
-    whole = task.dense(seed, start)
+    whole = task.network(seed)
     groups = channel_groups(whole, image)
     scores = task.scores(RANKINGS[score], "filter", seed)
 
@@ -115,7 +126,10 @@ def run(
         return prune_filters(net, image, 1 - kept, rounds, train, scores, least=safeguard(groups))
 
     done, effects = prune_and_train(task, seed, start, rounds, by_score)
-    yield {"control": ""} | size(done[-1].net, whole, image) | effects
+    yield {"control": ""} | size(done, whole, image) | effects
+    if len(done) < rounds:  # it has diverged, and there is nothing to follow
+        yield from ({"control": control} | DIVERGED for control in controls)
+        return
     course = [{name: int(mask.sum()) for name, mask in r.keep.items()} for r in done]
     for control in controls:
         goal = course if control == WIDTHS else uniform(whole, image, course)
@@ -127,7 +141,7 @@ def run(
             return prune_to_widths(net, image, goal, train, draws)
 
         done, effects = prune_and_train(task, seed, start, len(goal), at_random)
-        yield {"control": control} | size(done[-1].net, whole, image) | effects
+        yield {"control": control} | size(done, whole, image) | effects
 
 
 def uniform(
@@ -146,9 +160,15 @@ def uniform(
     return found
 
 
-def size(net: Module, whole: Module, image: tuple[int, ...]) -> Row:
-    """How wide and how costly a network is, against the one that it comes from. ``widths`` has a
-    number for each group of channels, in their order, with spaces between."""
+def size(done: Sequence[Round], whole: Module, image: tuple[int, ...]) -> Row:
+    """How wide and how costly the last round's network is, against the one that it comes from.
+
+    ``widths`` has a number for each group of channels, in their order, with spaces between. Without
+    a round there is nothing to say.
+    """
+    if not done:
+        return {}
+    net = done[-1].net
     now, full = (channel_groups(n, image) for n in (net, whole))
     work = [
         macs(layer_costs(n, image, groups), sizes(groups))

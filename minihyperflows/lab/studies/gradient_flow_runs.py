@@ -18,7 +18,7 @@ What a run leaves (:func:`prune_and_train`):
     loss_area                      the loss of the batches of the ``tail`` epochs after it, summed,
                                    in units of loss times epochs
     train_loss, test_accuracy      L and the accuracy at the end
-    diverged                       1 if the loss became infinite; then the rest is empty
+    diverged                       1 if the loss became infinite; then the others are empty
     cpu_seconds                    of the processor, without the epochs before the first round
 
 L is the mean cross-entropy in evaluation mode, without weight decay.
@@ -49,6 +49,7 @@ Row: TypeAlias = dict[str, Any]
 Build: TypeAlias = Callable[[Dataset, np.random.Generator], Module]
 DTYPE = np.float32
 PROBE_BATCH = 500
+DIVERGED: Row = {"diverged": 1}
 
 # -- what to do ----------------------------------------------------------------------------------
 
@@ -126,11 +127,19 @@ class Task:
         self.steps = -(-len(self.labels) // plan.batch_size)
         self._dense: dict[tuple[int, int], Module] = {}
 
+    def network(self, seed: int) -> Module:
+        """The seed's network with its initial weights."""
+        return self.build(self.data, np.random.default_rng(seed))
+
     def dense(self, seed: int, epochs: int) -> Module:
         """A copy of the seed's network after so many epochs, trained once for all runs of the
-        seed."""
+        seed.
+
+        Raises:
+            NonFiniteLossError: the loss became NaN or infinite.
+        """
         if (seed, epochs) not in self._dense:
-            net = self.build(self.data, np.random.default_rng(seed))
+            net = self.network(seed)
             Course(self, seed).advance(net, epochs * self.steps)
             net.zero_grad()
             others = {key: other for key, other in self._dense.items() if key[0] == seed}
@@ -179,13 +188,18 @@ def scorer(
         batch_size: how many at once.
         images: chooses them.
         draws: for random scores.
+
+    The function raises NonFiniteLossError if a score is NaN, as it is once a weight is.
     """
 
     def score(net: Module) -> dict[str, np.ndarray]:
         chosen = images.choice(len(labels), min(number, len(labels)), replace=False)
         options: dict[str, Any] = {"batch_size": batch_size, "dtype": DTYPE}
         kind = ranking.score, level, ranking.temperature, "eval"
-        return importance(net, look(chosen), labels[chosen], *kind, rng=draws, **options)
+        found = importance(net, look(chosen), labels[chosen], *kind, rng=draws, **options)
+        if any(np.isnan(values).any() for values in found.values()):
+            raise NonFiniteLossError("a score is NaN: the training has diverged")
+        return found
 
     return score
 
@@ -260,6 +274,8 @@ def prune_and_train(
 ) -> tuple[list[Round], Row]:
     """A whole run: the rounds, of which the last has the trained network, and the measurements.
 
+    If the training diverges, the rounds that it has come to, maybe none.
+
     Args:
         task: what to train on.
         seed: of the network and its batches.
@@ -267,29 +283,28 @@ def prune_and_train(
         rounds: how many there are.
         prune: makes the rounds, by calling what it is given to train a network before each.
     """
-    net, began = task.dense(seed, start), time.process_time()
     course = Course(task, seed, start * task.steps)
     moments = iter(task.plan.moments(start, rounds, task.steps))
-    before, done = State.of(task.landscape(net)), []
+    done: list[Round] = []
     try:
+        net, began = task.dense(seed, start), time.process_time()
+        before = State.of(task.landscape(net))
         for pruned in prune(net, lambda net: course.advance(net, next(moments))):
             done.append(pruned)
             if pruned.number == 1:
                 effects = _effects(before, State.of(task.landscape(pruned.net)))
         effects |= _recovery(task, course, done[-1].net)
     except NonFiniteLossError:
-        effects = {"diverged": 1}
+        return done, DIVERGED
     return done, effects | {"cpu_seconds": time.process_time() - began}
 
 
 def train_dense(task: Task, seed: int) -> Row:
     """What the same training makes of the network without pruning."""
-    net = task.dense(seed, task.plan.epochs)
-    return {
-        "train_loss": task.landscape(net).loss(),
-        "test_accuracy": evaluate(net, task.data),
-        "diverged": 0,
-    }
+    try:
+        return _end(task, task.dense(seed, task.plan.epochs))
+    except NonFiniteLossError:
+        return DIVERGED
 
 
 def _effects(before: State, after: State) -> Row:
@@ -318,6 +333,12 @@ def _recovery(task: Task, course: Course, net: Module) -> Row:
         "last_pruning": last / task.steps,
         "loss_one_epoch": one_epoch,
         "loss_area": area,
+    } | _end(task, net)
+
+
+def _end(task: Task, net: Module) -> Row:
+    """What the training has come to."""
+    return {
         "train_loss": task.landscape(net).loss(),
         "test_accuracy": evaluate(net, task.data),
         "diverged": 0,

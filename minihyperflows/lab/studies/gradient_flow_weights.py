@@ -22,7 +22,6 @@ from minihyperflows.lab.studies.gradient_flow_runs import (
     prune_and_train,
 )
 from minihyperflows.nn import Module, models
-from minihyperflows.related.ranking import Masks
 from minihyperflows.related.rounds import Round, Train, prune_weights
 
 RANKINGS = {
@@ -58,11 +57,10 @@ def run(task: Task, score: str, start: int, rounds: int, kept: float, seed: int)
         return prune_weights(net, 1 - kept, rounds, train, scores)
 
     done, effects = prune_and_train(task, seed, start, rounds, prune)
-    return (
-        {"remaining": done[-1].kept, "total": done[-1].total} | densities(done[-1].keep) | effects
-    )
+    return (size(done[-1]) if done else {}) | effects
 
 
-def densities(keep: Masks) -> Row:
-    """The fraction of each layer's weights that is left."""
-    return {f"density_{name}": float(mask.mean()) for name, mask in keep.items()}
+def size(last: Round) -> Row:
+    """How many weights are left, and the fraction of each layer's."""
+    densities = {f"density_{name}": float(mask.mean()) for name, mask in last.keep.items()}
+    return {"remaining": last.kept, "total": last.total} | densities
