@@ -76,7 +76,7 @@ def test_going_on_and_sharing_networks(tmp_path: Path) -> None:
 def test_files_are_joined(tmp_path: Path) -> None:
     one, other, both = (tmp_path / f"{name}.csv" for name in ("one", "other", "both"))
     words = ["--methods", "random", "--seeds", "0"]
-    study(one, *words, "--sparsities", "0.95", "0.9")
+    study(one, *words, "--sparsities", "0.95", "0.9", "0.95")
     study(other, *words, "--sparsities", "0.95", "0.98")
     rows = study(both, "--join", str(one), str(other))
     assert [row["target_sparsity"] for row in rows] == [0.9, 0.95, 0.98]

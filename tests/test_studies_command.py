@@ -1,4 +1,4 @@
-"""How the command of a study ends: ``lab.studies.command``."""
+"""What the commands of studies share: options, and how they end (``lab.studies.command``)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import pytest
 
 from minihyperflows.lab import studies
 from minihyperflows.lab.errors import UserError
-from minihyperflows.lab.studies.command import reporting
+from minihyperflows.lab.records import read_records, write_records
+from minihyperflows.lab.studies.command import DIGITS, parse_fraction, parse_seed, reporting
 
 COMMANDS = [
     name
     for _, name, _ in pkgutil.iter_modules(studies.__path__)
     if hasattr(importlib.import_module(f"{studies.__name__}.{name}"), "main")
 ]
-DIGITS = {  # the words with which a study needs no other data set
+DIGITS_ONLY = {  # the words with which a study needs no other data set
     "alternatives": ["--recipe", "lenet300-digits"],
     "equilibrium": ["lenet300-digits-gamma"],
     "regrowth": ["--dataset", "digits"],
@@ -60,6 +61,39 @@ def test_other_errors_are_not_hidden() -> None:
         main()
 
 
+def test_a_fraction_is_what_a_table_keeps_of_it(tmp_path: Path) -> None:
+    for text in ("0.3333333333333333", "1e-9", "0.1", "0.9999994"):
+        value = parse_fraction(text)
+        assert value == pytest.approx(float(text), rel=1e-5)
+        write_records(tmp_path / "a.csv", [{"target": value}], digits=DIGITS)
+        assert read_records(tmp_path / "a.csv") == [{"target": value}]
+    assert parse_fraction("1", whole=True) == 1
+
+
+@pytest.mark.parametrize("text", ["0", "1", "0.9999999", "-0.5", "nan", "inf", "10%"])
+def test_what_is_no_fraction(text: str) -> None:
+    with pytest.raises(UserError, match="is no fraction: write a number above 0 and below 1"):
+        parse_fraction(text)
+
+
+@pytest.mark.parametrize("text", ["-1", "1.5", "one", ""])
+def test_what_is_no_seed(text: str) -> None:
+    assert parse_seed("12") == 12
+    with pytest.raises(UserError, match="is no seed: write a whole number from 0 on"):
+        parse_seed(text)
+
+
+SEEDED = ("alternatives", "dhp_claims", "equilibrium", "gradient_flow_claims", "neighbours")
+
+
+@pytest.mark.parametrize("name", [*SEEDED, "pruning_law", "regrowth"])
+def test_every_study_checks_its_seeds(name: str, tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        main_of(name)([*DIGITS_ONLY.get(name, ()), "--seeds", "-1", "--out", str(tmp_path / "a")])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("error: '-1' is no seed")
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_study_reports_so(name: str) -> None:
     assert main_of(name).__code__ is reporting()(lambda: None).__code__
@@ -75,7 +109,7 @@ def test_no_run_is_done_if_it_cannot_be_recorded(name: str, tmp_path: Path, caps
         (other, f"error: {other} is not a record of this study: it has no column"),
     ):
         with pytest.raises(SystemExit) as end:
-            main_of(name)([*DIGITS.get(name, ()), "--out", str(out)])
+            main_of(name)([*DIGITS_ONLY.get(name, ()), "--out", str(out)])
         assert end.value.code == 2
         error = capsys.readouterr().err
         assert message in error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -135,13 +136,29 @@ def test_going_on_where_it_stopped(tmp_path: Path) -> None:
         assert file.read_bytes() == other.read_bytes()
 
 
+def test_a_run_is_recognised_by_its_row(tmp_path: Path) -> None:
+    """Whatever digits its target has, and however often it is asked for."""
+    words = ["--parts", "search", "search", "--variants", "x4", "x4", "--hyper-bias", "no", "no"]
+    words += ["--seeds", "0", "0", "--targets", "0.3333333333333333"]
+    done = study(tmp_path / "a.csv", *words)
+    assert [run.target for run in done.runs] == [row["target"] for row in done.tables[-1]]
+    assert [run.target for run in done.runs] == [0.333333]
+    before = done.files[-1].read_bytes()
+    study(tmp_path / "a.csv", *words)
+    assert done.files[-1].read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--targets", "50"], "between 0 and 1"),
+        (["--targets", "50"], "is no fraction"),
         (["--join", "nowhere.csv"], "no file nowhere.csv"),
         (["--networks", "mlp-mnist", "--data-dir", "nowhere"], "nowhere"),
         (["--networks", "dncnn-digits", "--parts", "rules"], "for SGD"),
+        (["--seeds", "-1"], "'-1' is no seed"),
+        (["--targets", "0.5", "0.001"], "mlp-digits: 0.0"),
+        (["--targets", "0.5", "0.001"], "stays in any case, so choose a larger target than 0.001"),
+        (["--parts", "search", "--variants", "uniform"], "no run was asked for"),
     ],
 )
 def test_errors_are_one_line(words, message, tmp_path: Path, capsys) -> None:
@@ -151,6 +168,7 @@ def test_errors_are_one_line(words, message, tmp_path: Path, capsys) -> None:
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_denoising_is_measured_in_the_same_way(tmp_path: Path) -> None:
@@ -281,6 +299,40 @@ def test_the_gap(bias: bool) -> None:
     assert other.cut < gap.full
 
 
+def test_scores_after_the_cut_by_hand(tmp_path: Path) -> None:
+    """With the statistics of the search, then with those of twenty batches, then trained."""
+    words = ["--parts", "controls", "--variants", "dhp", "--hyper-bias", "yes", "--seeds", "0"]
+    (row,) = study(tmp_path / "a.csv", *words, "--targets", "0.3").tables[-1]
+    experiment, task = perceptron()
+    found = dhp_runs.search(experiment, task, Settings(0.3), seed=0)
+    net = dhp.extract(found.network)
+    scores = [task.score(found.network), task.score(net)]
+    batches = itertools.islice(task.batches(dhp_runs.stream(0, dhp_runs.SEARCH)), 20)
+    dhp.reestimate_norms(net, [x for x, _ in batches])
+    scores.append(task.score(net))
+    dhp_runs.train(net, experiment, task, 8 * STEPS - found.steps, seed=0)
+    scores.append(task.score(net))
+    names = ("full_score", "cut_score", "reestimated_score", "score")
+    assert [row[name] for name in names] == pytest.approx(scores)
+    assert len({*scores}) == 4
+
+
+def test_the_whole_schedule_lies_in_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenth of the rate after half of the steps, a hundredth after three quarters, whatever
+    network it is that is trained then."""
+    experiment, task = perceptron()
+    optimizers, make = [], dhp_runs.make_optimizer
+    monkeypatch.setattr(
+        dhp_runs, "make_optimizer", lambda *given: optimizers.append(make(*given)) or optimizers[-1]
+    )
+    course, rates = dhp_runs.Course(experiment, task, 8, seed=0), []
+    for until in (3, 5, 8):
+        net = experiment.build(np.random.default_rng(0))
+        course.advance(net, until, after_step=lambda step: rates.append(optimizers[-1].lr))
+    assert len(optimizers) == 3
+    assert rates == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
+
+
 def reestimate(found: dhp_runs.Searched, task: Task) -> None:
     """Statistics of the network whose latents were changed by hand."""
     dhp_runs.reestimate(found.network, task, seed=0)
@@ -400,7 +452,8 @@ def test_differences_are_paired_with_the_dense_network_too() -> None:
 
 
 def test_every_experiment_can_be_searched() -> None:
-    """Its network has latents, and lambda comes out, for data of the right size, all black."""
+    """Its network has latents, lambda comes out, and its targets can be reached, for data of the
+    right size, all black."""
     for name, experiment in EXPERIMENTS.items():
         shape = {"mnist": (14, 14, 1), "cifar10": (32, 32, 3)}.get(experiment.dataset, (8, 8, 1))
         count = experiment.images or (50_000 if experiment.dataset == "cifar10" else 1437)
@@ -410,6 +463,8 @@ def test_every_experiment_can_be_searched() -> None:
         run, found = dhp_runs.begin(experiment, task, Settings(experiment.targets[0]), seed=0)
         assert 0 < run.l1 * run.lr * steps_of(experiment.search, task) < 5, name
         assert dhp_runs.prunable(found.network), name
+        for target in experiment.targets:
+            dhp_claims.require_possible(name, target, task)
 
 
 @pytest.mark.parametrize(

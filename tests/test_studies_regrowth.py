@@ -134,7 +134,7 @@ def test_regrowth_continues_where_pruning_ended(short: None) -> None:
 def test_tables_are_joined_and_not_repeated(
     short: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    common = ["--dataset", "digits", "--seeds", "0"]
+    common = ["--dataset", "digits", "--seeds", "0", "0"]
     one, other, both = (tmp_path / f"{name}.csv" for name in ("one", "other", "both"))
     main([*common, "--variants", "high to low", "--out", str(one)])
     main([*common, "--variants", "low", "--out", str(other)])

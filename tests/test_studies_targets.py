@@ -26,8 +26,8 @@ def short_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_row_has_the_scheduler_s_error_and_the_landing(tmp_path: Path) -> None:
-    out = tmp_path / "targets.csv"
-    targets.main(["--out", str(out), "--settings", "perceptron", "--targets", "0.9", *SEED])
+    out, twice = tmp_path / "targets.csv", ["perceptron", "perceptron"]
+    targets.main(["--out", str(out), "--settings", *twice, "--targets", "0.9", "0.9", *SEED])
     (row,) = read_records(out)
     assert row["aim"] == pytest.approx(0.91)
     assert row["error"] == pytest.approx(row["sparsity_before_regrowth"] - 0.91)

@@ -61,7 +61,7 @@ from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import Recipe, find
 from minihyperflows.lab.records import join_records, records_so_far, write_records
 from minihyperflows.lab.runs import provenance
-from minihyperflows.lab.studies.command import reporting
+from minihyperflows.lab.studies.command import parse_seed, reporting
 from minihyperflows.lab.train import Trainer, build_network, evaluate
 from minihyperflows.nn import Module
 from minihyperflows.nn.counting import kept_weights
@@ -430,7 +430,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--recipe", choices=tuple(RECIPES), default="lenet300-mnist")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
-    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
+    parser.add_argument("--seeds", nargs="+", type=parse_seed, default=(0, 1, 2))
     parser.add_argument("--data-dir", help="where MNIST lies")
     parser.add_argument("--folder", type=Path, help="for the dense networks and the masks")
     parser.add_argument("--join", nargs="+", type=Path, default=(), help="only take their runs")

@@ -63,7 +63,7 @@ from tqdm import tqdm
 
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.runs import gpu_versions, provenance
-from minihyperflows.lab.studies.command import reporting
+from minihyperflows.lab.studies.command import parse_fraction, parse_seed, reporting
 from minihyperflows.lab.studies.dhp_runs import (
     CHANNELS,
     RULES,
@@ -76,6 +76,7 @@ from minihyperflows.lab.studies.dhp_runs import (
     prunable,
     random_widths,
     ratio_of,
+    require_reachable,
     search,
     stream,
     strong_decay,
@@ -286,6 +287,13 @@ def plan(options: argparse.Namespace) -> Iterator[Run]:
                                 yield Run(part, network, bias, variant, target, seed)
 
 
+def require_possible(network: str, target: float | str, task: Task) -> None:
+    """Raise UserError if the channels that no search removes cost more than ``target``."""
+    assert not isinstance(target, str)
+    whole = new_network(EXPERIMENTS[network], task, True, seed=0)
+    require_reachable(target, ratio_of(whole, whole.sizes() | whole.floors), network)
+
+
 def run_study(options: argparse.Namespace) -> None:
     """Do the runs that are not in the tables yet; or take over those of other files."""
     tables = Tables(options.out)
@@ -293,11 +301,17 @@ def run_study(options: argparse.Namespace) -> None:
         tables.join(file)
     if options.join:
         return
-    missing = [run for run in plan(options) if run not in tables.done]
+    wanted = dict.fromkeys(plan(options))
+    if not wanted:
+        raise UserError("no run was asked for: none of these parts has one of these variants")
+    missing = [run for run in wanted if run not in tables.done]
     tasks: dict[str, Task] = {}
-    for run in missing:  # what cannot be loaded is noticed before anything is done
+    for run in missing:  # what cannot be loaded or reached is noticed before anything is done
         if run.network not in tasks:
             tasks[run.network] = run.experiment.load(options.data_dir, options.device)
+    pruned = (run for run in missing if run.variant != DENSE)
+    for network, target in dict.fromkeys((run.network, run.target) for run in pruned):
+        require_possible(network, target, tasks[network])
     steps = {run: steps_of(run.epochs, tasks[run.network]) for run in missing}
     with tqdm(total=sum(steps.values()), unit="step", dynamic_ncols=True) as bar:
         done = 0
@@ -322,15 +336,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--parts", nargs="+", choices=tuple(PARTS), help="all by default")
     add("--variants", nargs="+", choices=names, help="some variants of the parts only")
     add("--hyper-bias", nargs="+", choices=tuple(BIAS), default=list(BIAS))
-    add("--targets", nargs="+", type=float, help="fractions of the multiplications to keep")
-    add("--seeds", nargs="+", type=int, default=SEEDS)
+    fractions = "fractions of the multiplications to keep"
+    add("--targets", nargs="+", type=parse_fraction, help=fractions)
+    add("--seeds", nargs="+", type=parse_seed, default=SEEDS)
     add("--data-dir", help="where MNIST and CIFAR lie")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--join", nargs="+", type=Path, default=(), metavar="FILE", help="only take their runs")
     add("--out", type=Path, required=True, help="the CSV file, continued if it is there")
     options = parser.parse_args(arguments)
-    if not all(0 < target < 1 for target in options.targets or ()):
-        raise UserError("a target is a fraction of the multiplications, between 0 and 1")
     for network in options.networks:
         if set(options.parts or ()) - set(parts_of(network)):
             raise UserError(f"rules and decay are for SGD, and {network} is trained with Adam")

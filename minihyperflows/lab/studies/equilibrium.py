@@ -42,7 +42,7 @@ from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import Recipe, find
 from minihyperflows.lab.records import Record
 from minihyperflows.lab.runs import RunFolder, provenance
-from minihyperflows.lab.studies.command import reporting
+from minihyperflows.lab.studies.command import parse_seed, reporting
 from minihyperflows.lab.sweep import parse_gammas
 from minihyperflows.lab.train import EpochRecord, Trainer, build_network
 from minihyperflows.nn import Module
@@ -237,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__)
     parser.add_argument("recipe", nargs="?", help="for example lenet300-digits-gamma")
     parser.add_argument("--gammas", default="2^-6:2^6:2", help="as for minihyperflows sweep")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=parse_seed, nargs="+", default=[0])
     parser.add_argument("--epochs", type=int, help="of the stage under pressure")
     parser.add_argument("--runs", type=Path, nargs="+", default=[], help="measure finished runs")
     parser.add_argument("--sample", type=int, default=200, help="present weights to measure")

@@ -62,7 +62,7 @@ from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import Recipe, find
 from minihyperflows.lab.records import join_records, records_so_far, write_records
 from minihyperflows.lab.runs import provenance
-from minihyperflows.lab.studies.command import reporting
+from minihyperflows.lab.studies.command import parse_seed, reporting
 from minihyperflows.lab.sweep import parse_gammas
 from minihyperflows.lab.train import Trainer, build_network, evaluate
 from minihyperflows.nn import Module
@@ -510,7 +510,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--recipe", choices=tuple(SETTINGS), default="lenet300-digits")
     parser.add_argument("--methods", "--method", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=parse_seed, nargs="+", default=[0])
     parser.add_argument("--dense-epochs", type=int, help="default: the recipe's")
     parser.add_argument("--steps", type=int, help="of iterative pruning")
     parser.add_argument("--batches", type=int, help="of training in a step")

@@ -40,7 +40,7 @@ from minihyperflows.lab.data import Dataset, load
 from minihyperflows.lab.recipes import Recipe, find
 from minihyperflows.lab.records import Record
 from minihyperflows.lab.runs import provenance
-from minihyperflows.lab.studies.command import reporting
+from minihyperflows.lab.studies.command import parse_seed, reporting
 from minihyperflows.lab.studies.equilibrium import supports
 from minihyperflows.lab.studies.targets import State
 from minihyperflows.lab.train import EpochRecord, Trainer, build_network
@@ -451,7 +451,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__)
     parser.add_argument("--dataset", choices=tuple(_DATASETS), default="mnist")
     parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=tuple(VARIANTS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--seeds", type=parse_seed, nargs="+", default=SEEDS)
     parser.add_argument("--join", type=Path, nargs="+", default=[], metavar="FILE")
     parser.add_argument("--data-dir", help="where MNIST lies")
     parser.add_argument("--out", type=Path, required=True, help="continued if it is there")
