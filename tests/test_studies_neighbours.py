@@ -13,6 +13,7 @@ import pytest
 from spies import calls_of
 
 from minihyperflows import flows
+from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.records import read_records, write_records
 from minihyperflows.lab.studies import gradient_flow_runs, neighbours
 from minihyperflows.lab.studies import neighbour_methods as methods
@@ -291,6 +292,14 @@ def test_mistakes_are_told_in_a_line(
     lines = capsys.readouterr().err.splitlines()
     assert message in lines[-1]
     assert not (tmp_path / "a.csv").exists()
+
+
+def test_what_must_stay_is_a_matter_of_the_method() -> None:
+    """A filter of each layer, some of all, or nothing."""
+    methods.require_possible(contest("weight", "magnitude", target=1e-5))
+    methods.require_possible(contest("filter", "uniform", target=0.003))
+    with pytest.raises(UserError, match=r"0\.00483 stays"):
+        methods.require_possible(contest("filter", "magnitude", target=0.003))
 
 
 def test_every_method_is_there() -> None:
