@@ -25,17 +25,9 @@ def twins(name, rng, dtype):
 
 
 def to_torch(array):
-    """(N, H, W, C) -> a torch tensor (N, C, H, W)."""
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
-
-
-def torch_gradient(parameter):
-    return parameter.grad.numpy()
-
-
-def our_gradient(parameter):
-    """In PyTorch's layout."""
-    return parameter.grad if parameter.torch_axes is None else parameter.grad.transpose(0, 3, 1, 2)
+    """(N, H, W, C) -> a torch tensor (N, C, H, W); a matrix stays one."""
+    tensor = torch.from_numpy(array)
+    return tensor.permute(0, 3, 1, 2) if tensor.ndim == 4 else tensor
 
 
 def relative_error(found, expected):
@@ -46,19 +38,27 @@ def relative_error(found, expected):
 NETWORKS = ["lenet300", "vgg19", "resnet20", "resnet50"]
 
 
-def gradients(net, twin, x, y, dtype):
-    """Loss and gradients of one training step, with label smoothing, of both networks."""
-    state = {k: torch.from_numpy(v) for k, v in net.state_dict().items()}
-    twin.to(torch.float64 if dtype == np.float64 else torch.float32)
-    twin.load_state_dict(state)  # strict: the same names and shapes
-    loss = F.cross_entropy(net(x.astype(dtype)), y, label_smoothing=0.1)
+def load(twin, net):
+    """The weights of this package's network in PyTorch's; strict: the same names and shapes."""
+    twin.load_state_dict({k: torch.from_numpy(v) for k, v in net.state_dict().items()})
+
+
+def our_step(net, x, y):
+    """Loss of one training step, with label smoothing, and its gradients, in PyTorch's layout."""
+    loss = F.cross_entropy(net(x), y, label_smoothing=0.1)
     loss.backward()
-    twin_x = to_torch(x.astype(dtype))
-    twin_loss = tF.cross_entropy(twin(twin_x), torch.from_numpy(y), label_smoothing=0.1)
-    twin_loss.backward()
-    ours = {k: our_gradient(p) for k, p in net.named_parameters().items()}
-    theirs = {k: torch_gradient(p) for k, p in twin.named_parameters()}
-    return loss.item(), ours, twin_loss.item(), theirs
+    return loss.item(), {
+        k: p.grad if p.torch_axes is None else p.grad.transpose(0, 3, 1, 2)
+        for k, p in net.named_parameters().items()
+    }
+
+
+def their_step(twin, x, y):
+    """The same of PyTorch's network, in its precision."""
+    images = to_torch(x).to(next(twin.parameters()).dtype)
+    loss = tF.cross_entropy(twin(images), torch.from_numpy(y), label_smoothing=0.1)
+    loss.backward()
+    return loss.item(), {k: p.grad.numpy() for k, p in twin.named_parameters()}
 
 
 def worst_error(found, expected):
@@ -71,7 +71,9 @@ def test_gradients_in_float64_are_those_of_pytorch(name):
     rng = np.random.default_rng(7)
     net, twin, shape = twins(name, rng, np.float64)
     x, y = rng.standard_normal((16, *shape)), rng.integers(0, 10, 16)
-    loss, ours, twin_loss, theirs = gradients(net, twin, x, y, np.float64)
+    load(twin.to(torch.float64), net)
+    loss, ours = our_step(net, x, y)
+    twin_loss, theirs = their_step(twin, x, y)
     assert loss == pytest.approx(twin_loss, rel=1e-12)
     assert set(ours) == set(theirs)
     assert worst_error(ours, theirs) < 1e-9
@@ -97,7 +99,7 @@ class Switches:
         noted, relu, batch_norm, max_pool2d = [], F.relu, F.batch_norm, F.max_pool2d
 
         def let_through(y):
-            noted.append(as_torch_lays_out(y.data) > 0)
+            noted.append(to_torch(y.data) > 0)
             return y
 
         def batch_norm_noting(*args):
@@ -105,7 +107,7 @@ class Switches:
             return let_through(batch_norm(*args)) if relu_too else batch_norm(*args)
 
         def max_pool_noting(x, size, stride):
-            noted.append(windows(as_torch_lays_out(x.data)).argmax(-1, keepdim=True))
+            noted.append(windows(to_torch(x.data)).argmax(-1, keepdim=True))
             return max_pool2d(x, size, stride)
 
         with self.monkeypatch.context() as patch:
@@ -150,12 +152,6 @@ class Switches:
 BATCH_NORM_ARGUMENTS = list(inspect.signature(F.batch_norm).parameters)
 
 
-def as_torch_lays_out(array):
-    """An array (N, H, W, C) as a tensor (N, C, H, W); a matrix stays one."""
-    tensor = torch.from_numpy(array)
-    return tensor.permute(0, 3, 1, 2) if tensor.ndim == 4 else tensor
-
-
 def windows(x):
     """The 2 x 2 windows of a map: (N, C, H, W) -> (N, C, H/2, W/2, 4)."""
     return x.unfold(2, 2, 2).unfold(3, 2, 2).flatten(-2)
@@ -164,14 +160,6 @@ def windows(x):
 def chosen(x, place):
     """The entry at ``place`` of each window."""
     return windows(x).gather(-1, place).squeeze(-1)
-
-
-def twin_gradients(twin, x, y, dtype):
-    """PyTorch's gradients of the loss, with a copy of the network in ``dtype``."""
-    twin = copy.deepcopy(twin).to(dtype)
-    loss = tF.cross_entropy(twin(to_torch(x).to(dtype)), torch.from_numpy(y), label_smoothing=0.1)
-    loss.backward()
-    return {k: torch_gradient(p) for k, p in twin.named_parameters()}
 
 
 # about five times what either package was seen to lose; the loss grows with the depth
@@ -185,20 +173,16 @@ def test_gradients_in_float32_are_exact_up_to_round_off(name, seed, monkeypatch)
     rng = np.random.default_rng(seed)
     net, twin, shape = twins(name, rng, np.float32)
     x, y = rng.standard_normal((16, *shape)).astype(np.float32), rng.integers(0, 10, 16)
-    twin.load_state_dict({k: torch.from_numpy(v) for k, v in net.state_dict().items()})
+    load(twin, net)
     switches = Switches(monkeypatch)
 
-    def our_step():
-        F.cross_entropy(net(x), y, label_smoothing=0.1).backward()
-        return {k: our_gradient(p) for k, p in net.named_parameters().items()}
+    def exact():
+        return their_step(copy.deepcopy(twin).to(torch.float64), x, y)[1]
 
-    def their_step(dtype=torch.float64):
-        return twin_gradients(twin, x, y, dtype)
-
-    noted, ours = switches.note_ours(our_step)
-    assert worst_error(ours, switches.replay(noted, their_step)) < ROUND_OFF[name]
-    noted, theirs = switches.note_theirs(lambda: their_step(torch.float32))
-    assert worst_error(theirs, switches.replay(noted, their_step)) < ROUND_OFF[name]
+    noted, (_, ours) = switches.note_ours(lambda: our_step(net, x, y))
+    assert worst_error(ours, switches.replay(noted, exact)) < ROUND_OFF[name]
+    noted, (_, theirs) = switches.note_theirs(lambda: their_step(copy.deepcopy(twin), x, y))
+    assert worst_error(theirs, switches.replay(noted, exact)) < ROUND_OFF[name]
 
 
 def test_a_state_dict_of_pytorch_loads_as_it_is():

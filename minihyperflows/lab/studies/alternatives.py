@@ -42,6 +42,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -405,10 +406,7 @@ def run_study(
 
 
 IDENTITY = ("recipe", "method", "target_sparsity", "seed")  # columns
-
-
-def _identity(row: Row) -> tuple[Any, ...]:
-    return tuple(row[name] for name in IDENTITY)
+_identity = itemgetter(*IDENTITY)
 
 
 def source(recipe: Recipe, method: str, sparsity: float, seed: int) -> Row:

@@ -25,6 +25,7 @@ import dataclasses
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -225,10 +226,7 @@ def _epoch(record: EpochRecord) -> Row:
 # -- the study -----------------------------------------------------------------------------------
 
 IDENTITY = ("recipe", "seed", "gamma")  # columns
-
-
-def _identity(row: Row) -> tuple[Any, ...]:
-    return tuple(row[name] for name in IDENTITY)
+_identity = itemgetter(*IDENTITY)
 
 
 @reporting()

@@ -27,6 +27,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -192,11 +193,7 @@ IDENTITY = (
     *(field.name for field in dataclasses.fields(Run)),
     "control",
 )
-
-
-def identity(row: Row) -> tuple[Any, ...]:
-    """What no two rows of a table have in common."""
-    return tuple(row[name] for name in IDENTITY)
+identity = itemgetter(*IDENTITY)  # what no two rows of a table have in common
 
 
 def source(grid: Grid, run: Run, plan: Plan, data: Dataset) -> Row:

@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +214,7 @@ def run_study(
 ) -> list[dict[str, Any]]:
     """Do the runs that have no row in ``out`` yet; returns all rows."""
     rows = records_so_far(out, IDENTITY)
-    done = {tuple(row[name] for name in IDENTITY) for row in rows}
+    done = set(map(itemgetter(*IDENTITY), rows))
     wanted = [(n, t, s) for s in range(seeds) for n in settings for t in targets]
     missing = [run for run in dict.fromkeys(wanted) if run not in done]
     data = load("digits")

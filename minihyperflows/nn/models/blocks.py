@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from minihyperflows import functional as F
+from minihyperflows.engine.tensor import Tensor
 from minihyperflows.nn import init
 from minihyperflows.nn.layers import Conv2d
 
@@ -55,3 +57,9 @@ def conv(
         rng=rng,
         dtype=dtype,
     )
+
+
+def means_of_maps(x: Tensor) -> Tensor:
+    """The mean of each map: (N, H, W, C) -> (N, C)."""
+    _, rows, columns, _ = x.shape
+    return F.flatten(F.avg_pool2d(x, (rows, columns)))

@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from minihyperflows import functional as F
 from minihyperflows.engine.tensor import Tensor
 from minihyperflows.nn.layers import BatchNorm2d, Linear, ReLU, Sequential
-from minihyperflows.nn.models.blocks import conv, scale_channels
+from minihyperflows.nn.models.blocks import conv, means_of_maps, scale_channels
 from minihyperflows.nn.module import Module
 
 # V1: (output channels, stride) of the thirteen separable convolutions
@@ -60,7 +59,7 @@ class MobileNetV1(Module):
         self.classifier = Linear(channels, num_classes, rng=rng, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(_means(self.features(x)))
+        return self.classifier(means_of_maps(self.features(x)))
 
 
 class InvertedResidual(Module):
@@ -110,13 +109,7 @@ class MobileNetV2(Module):
         self.classifier = Linear(last, num_classes, **options)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(_means(self.features(x)))
-
-
-def _means(x: Tensor) -> Tensor:
-    """The mean of each map: (N, H, W, C) -> (N, C)."""
-    _, rows, columns, _ = x.shape
-    return F.flatten(F.avg_pool2d(x, (rows, columns)))
+        return self.classifier(means_of_maps(self.features(x)))
 
 
 def _conv_bn_relu(channels: int, out: int, *shape: int, **options: Any) -> Sequential:

@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from minihyperflows import functional as F
 from minihyperflows.engine.tensor import Tensor
 from minihyperflows.nn.layers import BatchNorm2d, Linear, Sequential
-from minihyperflows.nn.models.blocks import check_stem_stride, conv, scale_channels
+from minihyperflows.nn.models.blocks import check_stem_stride, conv, means_of_maps, scale_channels
 from minihyperflows.nn.module import Module
 
 
@@ -106,8 +105,7 @@ class ResNet(Module):
         x = self.bn1.then_relu(self.conv1(x))
         for number in range(1, self.stages + 1):
             x = getattr(self, f"layer{number}")(x)
-        _, rows, columns, _ = x.shape
-        return self.fc(F.flatten(F.avg_pool2d(x, (rows, columns))))
+        return self.fc(means_of_maps(x))
 
 
 def resnet50(
