@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -46,17 +47,34 @@ def metrics(folder):
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
+def an_epoch_is_a_second(monkeypatch):
+    """A clock that stands still but for one second per epoch."""
+    now = 0.0
+    real = runs.Trainer.run_epoch
+
+    def run_epoch(trainer):
+        nonlocal now
+        now += 1
+        return real(trainer)
+
+    monkeypatch.setattr(runs.Trainer, "run_epoch", run_epoch)
+    return SimpleNamespace(monotonic=lambda: now)
+
+
 @needs_compiler
-def test_runs_in_pieces_are_runs_in_one(tmp_path, capsys):
+def test_runs_in_pieces_are_runs_in_one(tmp_path, monkeypatch, capsys):
     whole, pieces, packed = tmp_path / "whole", tmp_path / "pieces", tmp_path / "pack"
     assert command(whole, "--pack", str(packed), "--pack-dense") == 0
     printed = capsys.readouterr().out
     assert "vgg19-cifar10-0.6-seed0: dense" in printed
     assert "all runs are finished" in printed
-    for _ in range(20):
-        assert command(pieces, "--minutes", "0.0001") == 0
-        if "all runs are finished" in capsys.readouterr().out:
-            break
+    monkeypatch.setattr(runs, "time", an_epoch_is_a_second(monkeypatch))
+    monkeypatch.setattr(gpu_runs, "time", runs.time)
+    timeline = recipes.find("vgg19-cifar10").with_target(0.6).timeline
+    for _ in range(timeline.epochs + timeline.epochs - timeline.dense):  # one dense stage for both
+        assert "all runs are finished" not in capsys.readouterr().out
+        assert command(pieces, "--minutes", str(1 / 60)) == 0
+    assert "all runs are finished" in capsys.readouterr().out
     first, second = (f"vgg19-cifar10-{target}-seed0" for target in ("0.6", "0.8"))
     for name in (first, second):
         assert metrics(whole / name) == metrics(pieces / name)

@@ -240,7 +240,7 @@ def test_no_grad_holds_for_its_own_thread() -> None:
             seen["inside"] = is_recording()
             barrier.wait()
 
-    barrier = threading.Barrier(2, timeout=10)
+    barrier = threading.Barrier(2, timeout=60)
     with mh.no_grad():
         thread = threading.Thread(target=work)
         thread.start()

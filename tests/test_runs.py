@@ -6,16 +6,18 @@ import errno
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
 
+import moments
 import numpy as np
 import pytest
 
 from minihyperflows import lab
 from minihyperflows.lab import checkpoint, runs
+
+posix = pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL on Windows")
 
 RECIPE = lab.RECIPES["lenet300-digits"].scaled(0.05)  # 2 + 4 + 2 epochs
 
@@ -90,23 +92,64 @@ def test_killed_in_any_epoch_it_continues_bit_for_bit(finished, tmp_path, monkey
     assert rows(tmp_path) == rows(finished[0])
 
 
-@pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL on Windows")
-def test_kill_minus_nine_at_random_moments(tmp_path):
-    """A real process, really killed; the same command then ends as an undisturbed run does."""
-    prune = [sys.executable, "-m", "minihyperflows", "prune", "--epochs-scale", "0.05", "--out"]
-    command, undisturbed = ([*prune, str(tmp_path / name)] for name in ("run", "whole"))
-    moments = random.Random(5)
-    environment = os.environ | {"OPENBLAS_NUM_THREADS": os.environ.get("OPENBLAS_NUM_THREADS", "1")}
+MAIN = ("-m", "minihyperflows")
+
+
+def as_process(program, out, **options):
+    """A run as a process; all with as many BLAS threads, so that sums agree."""
+    environment = {"OPENBLAS_NUM_THREADS": "1"} | os.environ
+    command = [sys.executable, *program, "prune", "--epochs-scale", "0.05", "--out", str(out)]
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | options
+    return subprocess.Popen(command, env=environment, **options)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The metrics of such a process that nobody kills."""
+    out = tmp_path_factory.mktemp("runs") / "process"
+    assert as_process(MAIN, out).wait() == 0
+    return rows(out)
+
+
+# In the order of the deaths of one run: what is about to be written, how often since the process
+# began, and what is whole then.
+DEATHS = [
+    ("recipe.json", 1, set()),
+    ("metrics.csv", 1, {"recipe.json"}),
+    ("dense.safetensors", 1, {"recipe.json", "metrics.csv", "layers.csv"}),
+    ("checkpoint.safetensors", 1, {"dense.safetensors"}),
+    ("metrics.csv", 2, {"checkpoint.safetensors"}),  # after the checkpoint, when its row is due
+    ("layers.csv", 1, {"checkpoint.safetensors"}),  # the next process makes it good
+    ("summary.json", 1, {"plots"}),
+]
+
+
+def test_kill_minus_nine_wherever_it_hurts(undisturbed, tmp_path):
+    """A real process, really killed between any two files; it ends as an undisturbed run does."""
+    out = tmp_path / "run"
+    for name, n, there in DEATHS:
+        what = json.dumps({"die": [name, n]})
+        process = as_process((moments.__file__, what), out, stderr=subprocess.PIPE, text=True)
+        errors = process.communicate()[1]
+        assert process.returncode == (moments.KILL if os.name == "nt" else -moments.KILL), errors
+        assert there <= {file.name for file in out.iterdir()}
+        assert not (out / "summary.json").exists()
+    assert as_process(MAIN, out).wait() == 0
+    assert rows(out) == undisturbed
+    assert not list(out.glob("*.partial"))
+
+
+@posix
+def test_kill_minus_nine_at_random_moments(undisturbed, tmp_path):
+    """The same command then ends as an undisturbed run does, wherever it was."""
+    random_moments = random.Random(5)
     for _ in range(4):
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
-        )
-        time.sleep(moments.uniform(0.7, 2.5))
-        process.send_signal(signal.SIGKILL)
+        process = as_process(MAIN, tmp_path)
+        time.sleep(random_moments.uniform(0.7, 2.5))
+        process.kill()
         process.wait()
-    for last in (command, undisturbed):  # with as many BLAS threads, so that sums agree
-        subprocess.run(last, check=True, capture_output=True, env=environment)
-    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    assert as_process(MAIN, tmp_path).wait() == 0
+    assert rows(tmp_path) == undisturbed
 
 
 def test_a_constant_pressure_from_random_weights(tmp_path, monkeypatch):

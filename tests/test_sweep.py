@@ -4,16 +4,16 @@ import csv
 import dataclasses
 import importlib.util
 import json
-import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
+from functools import partial
 
+import moments
 import pytest
+from moments import Die, Hold, Moments
 from threadpoolctl import threadpool_limits
 
 from minihyperflows import lab
@@ -24,10 +24,10 @@ from minihyperflows.lab.sweep import parse_gammas, run_sweep
 from minihyperflows.lab.workers import Attempt, Event, Kind, carry_out, supervise
 
 RECIPE = lab.RECIPES["lenet300-digits-gamma"].scaled(0.025)  # 2 epochs
-# A checkpoint is sure to be there after the dense stage, and the rest takes some seconds.
-LONG = lab.RECIPES["lenet300-digits"].with_fields({"dense.epochs": 1, "pruning.epochs": 8})
+# A checkpoint is sure to be there after the dense stage; so what dies in epoch 3 has one.
+LONG = lab.RECIPES["lenet300-digits"].with_fields({"dense.epochs": 1, "pruning.epochs": 3})
 
-posix = pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL on Windows")
+posix = pytest.mark.skipif(os.name == "nt", reason="Windows has other process groups")
 needs_dask = pytest.mark.skipif(
     importlib.util.find_spec("distributed") is None, reason="dask.distributed is not installed"
 )
@@ -77,15 +77,6 @@ def rows(folder):
     """metrics.csv without the wall times."""
     with open(folder / "metrics.csv", encoding="utf-8", newline="") as file:
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
-
-
-def wait_for(condition, seconds=60):
-    """Until ``condition()``; its value."""
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-    return value
 
 
 # -- gammas --------------------------------------------------------------------------------------
@@ -285,57 +276,48 @@ def test_three_deaths_and_a_run_is_given_up(tmp_path):
 # -- real processes ------------------------------------------------------------------------------
 
 
-@posix
-def test_a_killed_worker_costs_its_run_an_attempt(tmp_path, capsys):
+def test_a_killed_worker_costs_its_run_an_attempt(tmp_path, monkeypatch, capsys):
     """The next one goes on from the checkpoint, and ends as if nothing had happened."""
-    first = tmp_path / "s" / "gamma-1-seed0"
-    seen = []
-
-    def kill():
-        wait_for((first / "checkpoint.safetensors").exists)
-        wait_for(lambda: len(rows(first)) == 1)
-        seen.append((first / "metrics.csv").read_text(encoding="utf-8"))
-        (worker,) = multiprocessing.active_children()
-        os.kill(worker.pid, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
+    deadly = Die("gamma-1-seed0", epoch=3, keep=tmp_path / "kept")
+    monkeypatch.setattr(workers, "_work", partial(moments.work, deadly))
     run_sweep(LONG, (1, 256), tmp_path / "s")
-    killer.join()
     printed = capsys.readouterr().out
     assert printed.count("lost its worker") == 1
-    assert "gamma 1          seed 0  lost its worker (signal 9), 1 of 3" in printed
-    assert (first / "metrics.csv").read_text(encoding="utf-8").startswith(seen[0])
+    assert "gamma 1          seed 0  lost its worker (" in printed
+    assert f"{cause_of_death()}), 1 of 3" in printed
+    first = tmp_path / "s" / "gamma-1-seed0"
+    assert_continues(first, tmp_path / "kept" / "0.csv")
     with threadpool_limits(1):
         lab.run(LONG.with_gamma(1), tmp_path / "undisturbed", progress=False)
     assert rows(first) == rows(tmp_path / "undisturbed")
 
 
-@posix
-def test_a_run_that_kills_three_workers_is_reported_and_the_rest_goes_on(tmp_path):
-    def kill_three():
-        killed = set()
-        while len(killed) < 3:
-            alive = {child.pid for child in multiprocessing.active_children()} - killed
-            for pid in alive:
-                os.kill(pid, signal.SIGKILL)
-                killed.add(pid)
-            time.sleep(0.01)
+def cause_of_death():
+    return f"exit status {signal.SIGTERM}" if os.name == "nt" else f"signal {signal.SIGKILL}"
 
-    killer = threading.Thread(target=kill_three)
-    killer.start()
+
+def assert_continues(folder, before):
+    """The finished run's metrics begin with those kept in ``before``, wall times and all."""
+    kept = before.read_text(encoding="utf-8")
+    assert kept.count("\n") >= 2  # the names and the dense epoch, saved for certain
+    assert (folder / "metrics.csv").read_text(encoding="utf-8").startswith(kept)
+
+
+def test_a_run_that_kills_three_workers_is_reported_and_the_rest_goes_on(tmp_path, monkeypatch):
+    deadly = Die("gamma-1-seed0", epoch=1, times=3, keep=tmp_path / "kept")
+    monkeypatch.setattr(workers, "_work", partial(moments.work, deadly))
     with pytest.raises(lab.UserError, match=r"1 of 2 runs failed .gamma 1 seed 0: 3 workers died"):
-        run_sweep(RECIPE, (1, 2), tmp_path, progress=False)
-    killer.join()
-    assert [r["gamma"] for r in read_records(tmp_path / "sweep.csv")] == [2]
+        run_sweep(RECIPE, (1, 2), tmp_path / "s", progress=False)
+    assert len(list((tmp_path / "kept").iterdir())) == 3
+    assert [r["gamma"] for r in read_records(tmp_path / "s" / "sweep.csv")] == [2]
 
 
-def start_sweep(out):
+def start_sweep(out, *program):
     """A sweep as a process, in a process group of its own with its workers."""
-    fields = ["--set", "dense.epochs=1", "--set", "pruning.epochs=24"]
+    fields = ["--set", "dense.epochs=1", "--set", "pruning.epochs=3"]
     command = ["sweep", "lenet300-digits", *fields, "--gammas", "1,256", "--workers", "1"]
     return subprocess.Popen(
-        [sys.executable, "-m", "minihyperflows", *command, "--out", str(out)],
+        [sys.executable, *(program or ("-m", "minihyperflows")), *command, "--out", str(out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -343,50 +325,44 @@ def start_sweep(out):
     )
 
 
-def group_is_gone(group):
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return True
-    return False
+def start_held_sweep(out, where, folder, epoch):
+    """The same, whose run in ``folder`` stops after ``epoch``."""
+    hold = {"hold": [*where.address, folder, epoch]}
+    return start_sweep(out, moments.__file__, json.dumps(hold))
 
 
 @posix
 def test_a_sweep_that_is_killed_or_interrupted_continues(tmp_path):
     out = tmp_path / "s"
-    first = out / "gamma-1-seed0"
+    first, second = out / "gamma-1-seed0", out / "gamma-256-seed0"
 
-    sweeping = start_sweep(out)
-    wait_for((first / "checkpoint.safetensors").exists)
-    sweeping.kill()  # the supervisor alone; its worker ends by itself
-    sweeping.communicate()
-    wait_for(lambda: group_is_gone(sweeping.pid), seconds=20)
-    assert not (first / "summary.json").exists()
-    kept = (first / "metrics.csv").read_text(encoding="utf-8")
+    with Moments() as where:
+        sweeping = start_held_sweep(out, where, first.name, 3)
+        with where.next() as stopped:
+            sweeping.kill()  # the supervisor alone; its worker ends by itself
+            stopped.wait_for_its_end()
+            sweeping.communicate()
+        shutil.copy(first / "metrics.csv", tmp_path / "kept.csv")
+        assert (first / "checkpoint.safetensors").exists()
+        assert not (first / "summary.json").exists()
 
-    shutil.copytree(out, tmp_path / "killed")
-    for _ in range(5):  # on a busy machine the signal may come when the last run is finished
-        sweeping = start_sweep(out)
-        second = out / "gamma-256-seed0"
-        wait_for((second / "checkpoint.safetensors").exists)
-        os.killpg(sweeping.pid, signal.SIGINT)  # Ctrl-C reaches the workers too
-        printed, errors = sweeping.communicate()
-        if not (second / "summary.json").exists():
-            break
-        shutil.rmtree(out)
-        shutil.copytree(tmp_path / "killed", out)
+        sweeping = start_held_sweep(out, where, second.name, 3)
+        with where.next() as stopped:
+            os.killpg(sweeping.pid, signal.SIGINT)  # Ctrl-C reaches the workers too
+            stopped.wait_for_its_end()
+            printed, errors = sweeping.communicate()
     assert sweeping.returncode == 130
-    assert errors.splitlines()[-1] == "interrupted: the same command continues from the last epoch"
     assert "Traceback" not in errors
-    wait_for(lambda: group_is_gone(sweeping.pid), seconds=20)
     assert printed.count("density") == 1
-    assert (first / "metrics.csv").read_text(encoding="utf-8").startswith(kept)
+    assert_continues(first, tmp_path / "kept.csv")
     assert [r["gamma"] for r in read_records(out / "sweep.csv")] == [1]
+    assert (second / "checkpoint.safetensors").exists()
+    assert not (second / "summary.json").exists()
 
     sweeping = start_sweep(out)
     printed, errors = sweeping.communicate()
     assert sweeping.returncode == 0, errors
-    assert "2 runs of 25 epochs, 1 of them finished already; on 1 local worker" in printed
+    assert "2 runs of 4 epochs, 1 of them finished already; on 1 local worker" in printed
     assert len(read_records(out / "sweep.csv")) == 2
 
 
@@ -404,47 +380,35 @@ def dask_cluster():
 
 @needs_dask
 @posix
-def test_a_cluster_that_loses_a_worker(dask_cluster, tmp_path, capsys):
-    from distributed import Client
-
-    first = tmp_path / "gamma-1-seed0"
-    seen = []
-
-    def kill():
-        wait_for((first / "checkpoint.safetensors").exists)
-        wait_for(lambda: len(rows(first)) == 1)
-        seen.append((first / "metrics.csv").read_text(encoding="utf-8"))
-        token = (first / "attempt").read_text(encoding="utf-8")
-        with Client(dask_cluster.scheduler_address, set_as_default=False) as client:
-            busy = [worker for worker, keys in client.processing().items() if token in keys]
-            (pid,) = client.run(os.getpid, workers=busy).values()
-        os.kill(pid, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    found = run_sweep(LONG, (1, 256), tmp_path, scheduler=dask_cluster.scheduler_address)
-    killer.join()
+def test_a_cluster_that_loses_a_worker(dask_cluster, tmp_path, monkeypatch, capsys):
+    deadly = Die("gamma-1-seed0", epoch=3, keep=tmp_path / "kept")
+    double = partial(moments.work_on_cluster, deadly)
+    monkeypatch.setattr(cluster, "_carry_out_on_cluster", double)
+    found = run_sweep(LONG, (1, 256), tmp_path / "s", scheduler=dask_cluster.scheduler_address)
     assert [r["gamma"] for r in found] == [1, 256]
     shown = capsys.readouterr()
     assert "gamma 1          seed 0  lost its worker (the cluster lost it), 1 of 3" in shown.out
     assert shown.out.count("lost its worker") == 1
     assert f"2 threads of 2 workers of {dask_cluster.scheduler_address}" in shown.out
-    assert "18/18" in shown.err
-    assert (first / "metrics.csv").read_text(encoding="utf-8").startswith(seen[0])
+    assert "8/8" in shown.err
+    assert_continues(tmp_path / "s" / "gamma-1-seed0", tmp_path / "kept" / "0.csv")
 
 
 @needs_dask
-def test_what_a_cluster_was_doing_stops_when_the_sweep_does(dask_cluster, tmp_path):
-    attempt = Attempt(LONG.scaled(100).with_gamma(1), tmp_path / "run", seed=0)
-    pool = cluster.Cluster(dask_cluster.scheduler_address)
-    pool.start(attempt)
-    wait_for(attempt.is_current)
-    pool.close()
-    assert not attempt.is_current()
-    from distributed import Client
-
-    with Client(dask_cluster.scheduler_address, set_as_default=False) as client:
-        wait_for(lambda: not any(client.call_stack().values()) or not client.call_stack())
+def test_what_a_cluster_was_doing_stops_when_the_sweep_does(dask_cluster, tmp_path, monkeypatch):
+    attempt = attempt_at(tmp_path / "run")
+    with Moments() as where:
+        held = Hold(where.address, "run", (1, "SUPERSEDED"))
+        double = partial(moments.work_on_cluster, held)
+        monkeypatch.setattr(cluster, "_carry_out_on_cluster", double)
+        pool = cluster.Cluster(dask_cluster.scheduler_address)
+        pool.start(attempt)
+        with where.next() as stopped:
+            assert stopped.at == 1
+            pool.close()
+            assert not attempt.is_current()
+        with where.next() as stopped:
+            assert stopped.at == "SUPERSEDED"
     assert not (tmp_path / "run" / "summary.json").exists()
 
 

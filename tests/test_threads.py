@@ -31,7 +31,7 @@ def test_blocks_cover_everything_once_and_in_order(number, length):
 
 def test_several_threads_take_part():
     set_threads(2)
-    meeting = threading.Barrier(2, timeout=30)  # nobody passes alone
+    meeting = threading.Barrier(2, timeout=60)  # nobody passes alone
     assert for_blocks(lambda block: meeting.wait() >= 0, 2, 1) == [True, True]
 
 
