@@ -88,7 +88,7 @@ def with_tensors(layer: HyperLayer, shared: bool) -> Iterator[object]:
     def f(*tensors: mh.Tensor) -> mh.Tensor:
         count = 1 if shared else 2
         for name, tensor in zip(names, tensors[count:], strict=True):
-            setattr(layer, name, tensor)
+            vars(layer)[name] = tensor  # a plain tensor in a parameter's place: not by setattr
         return layer.generate(tensors[0], tensors[count - 1])
 
     z = [t.data for t in latents(layer.shape)][: 1 if shared else 2]

@@ -253,6 +253,13 @@ def test_misuse(rng: np.random.Generator) -> None:
         flows.attach(net, init=(0.5, 0.2), rng=rng)
     with pytest.raises(ValueError, match="init must be"):
         flows.attach(net, init=(0.5, float("nan")), rng=rng)
+    with pytest.raises(ValueError, match="init must be"):
+        flows.attach(net, init=(0, float("inf")), rng=rng)
+    for wrong in (0, None, np.random.RandomState(0)):
+        with pytest.raises(TypeError, match=r"rng must be a numpy\.random\.Generator"):
+            flows.attach(net, rng=wrong)
+        with pytest.raises(TypeError, match=r"rng must be a numpy\.random\.Generator"):
+            nn.Linear(2, 2, rng=wrong)
     assert flows.presences(net) == {}
     with pytest.raises(ValueError, match=r"attach them first with flows\.attach"):
         flows.density(net)

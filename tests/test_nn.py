@@ -12,6 +12,7 @@ import pytest
 import minihyperflows as mh
 from minihyperflows import flows, models, nn, testing
 from minihyperflows import functional as F
+from minihyperflows.nn.restore import in_mode
 
 
 @pytest.fixture
@@ -85,6 +86,104 @@ def test_modules_and_parameters_in_lists_tuples_and_dictionaries(rng: np.random.
     ]
 
 
+class Nested(nn.Module):
+    """Modules and parameters at any depth of containers; the lists contain themselves."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        def linear() -> nn.Linear:
+            return nn.Linear(2, 2, bias=False, rng=rng)
+
+        self.blocks = [(linear(), nn.ReLU()), (linear(), [nn.BatchNorm2d(2)])]
+        self.table = {"a": {"b": [linear()]}, 3: (linear(), "text", None, 1.5)}
+        self.scales = [[nn.Parameter(np.ones(2))], {"deep": [[nn.Buffer(np.zeros(1))]]}]
+        self.blocks.append(self.blocks)
+        self.scales[1]["again"] = self.scales
+
+    def forward(self, x: mh.Tensor) -> mh.Tensor:
+        (first, _), (second, (norm,)) = self.blocks[:2]
+        x = norm(second(first(x) * self.scales[0][0]))
+        return self.table[3][0](self.table["a"]["b"][0](x))
+
+
+def test_modules_and_parameters_at_any_depth_of_containers(rng: np.random.Generator) -> None:
+    net = Nested(rng)
+    assert list(net.state_dict()) == [
+        *("scales.0.0", "scales.1.deep.0.0", "blocks.0.0.weight", "blocks.1.0.weight"),
+        *(f"blocks.1.1.0.{name}" for name in ("weight", "bias", "running_mean", "running_var")),
+        *("blocks.1.1.0.num_batches_tracked", "table.a.b.0.weight", "table.3.0.weight"),
+    ]
+    assert [n for n, m in net.named_modules() if isinstance(m, nn.ReLU)] == ["blocks.0.1"]
+    net.eval()
+    assert not net.blocks[1][1][0].training
+    testing.check_module(net, (4, 2))  # gradients, saving, loading
+    flows.attach(net, init=(-1, 1), rng=rng)
+    assert len(flows.presences(net)) == 4
+    x = rng.standard_normal((3, 2)).astype(np.float32)
+    gated = net(x).data
+    flows.to_dense(net)
+    np.testing.assert_array_equal(net(x).data, gated)
+
+
+def test_training_reaches_nested_parameters(rng: np.random.Generator) -> None:
+    net = Nested(rng)
+    before = net.state_dict()
+    optimizer = mh.optim.SGD(net.parameters(), lr=0.5)
+    F.cross_entropy(net(rng.standard_normal((4, 2)).astype(np.float32)), [0, 1, 1, 0]).backward()
+    optimizer.step()
+    moved = {k for k, v in net.state_dict().items() if not np.array_equal(v, before[k])}
+    assert moved == set(before) - {"scales.1.deep.0.0"}  # a buffer that is not used
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {1: nn.Parameter(np.ones(1)), "1": nn.Parameter(np.ones(1))},
+        {"a.b": nn.Parameter(np.ones(1)), "a": {"b": nn.Parameter(np.ones(1))}},
+    ],
+)
+def test_two_parameters_of_one_name_are_refused(table: dict[Any, Any]) -> None:
+    holder = nn.Module()
+    holder.table = table
+    with pytest.raises(ValueError, match=r"two parameters or buffers are called table\.(1|a\.b)"):
+        holder.parameters()
+
+
+def test_modules_in_a_set_are_refused(rng: np.random.Generator) -> None:
+    holder = nn.Module()
+    holder.numbers = {1, 2}
+    assert holder.parameters() == []
+    holder.inner = [{nn.ReLU()}]
+    with pytest.raises(TypeError, match=r"inner\.0 is a set, .* use a list"):
+        holder.parameters()
+
+
+@pytest.mark.parametrize(
+    "value", [np.ones((4, 12)), mh.Tensor(np.ones((4, 12)), True), 1.0, [[1.0]]], ids=repr
+)
+def test_a_parameter_is_not_replaced_by_what_would_not_be_trained(
+    net: nn.Module, value: Any
+) -> None:
+    weight, mean = net[5].weight, net[1].running_mean
+    with pytest.raises(
+        TypeError, match=r"Linear\.weight is a Parameter: .*\.weight\.data = \.\.\."
+    ):
+        net[5].weight = value
+    with pytest.raises(TypeError, match=r"BatchNorm2d\.running_mean is a Buffer: .*nn\.Buffer"):
+        net[1].running_mean = value
+    assert (net[5].weight, net[1].running_mean) == (weight, mean)
+
+
+def test_a_parameter_is_replaced_by_a_parameter_or_nothing(net: nn.Module) -> None:
+    net[5].weight = nn.Parameter(np.ones((4, 12), np.float32))
+    assert net.named_parameters()["5.weight"] is net[5].weight
+    net[5].bias = None
+    assert "5.bias" not in net.state_dict()
+    assert net(images()).shape == (3, 4)
+    net[1].weight = nn.Buffer(np.ones(3, np.float32))  # saved, and not trained on purpose
+    assert "1.weight" in net.state_dict()
+    assert "1.weight" not in net.named_parameters()
+
+
 def test_shared_modules_and_parameters_count_once(rng: np.random.Generator) -> None:
     net = nn.Sequential(nn.Linear(3, 3, rng=rng), nn.ReLU(), nn.Linear(3, 3, rng=rng))
     net[2].weight = net[0].weight  # a parameter in two modules
@@ -109,6 +208,18 @@ def test_modes_reach_every_module(net: nn.Module) -> None:
     assert not any(module.training for _, module in net.named_modules())
     net.train()
     assert all(module.training for _, module in net.named_modules())
+
+
+def test_a_mode_is_borrowed_from_every_module(net: nn.Module) -> None:
+    net[1].eval()
+    modes = [module.training for _, module in net.named_modules()]
+    for training in (False, True):
+        with in_mode(net, training):
+            assert all(module.training is training for _, module in net.named_modules())
+        assert [module.training for _, module in net.named_modules()] == modes
+        with pytest.raises(mh.ShapeError), in_mode(net, training):
+            net(np.ones((1, 2)))
+        assert [module.training for _, module in net.named_modules()] == modes
 
 
 def test_zero_grad_reaches_every_role(net: nn.Module, rng: np.random.Generator) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from minihyperflows import flows, models
+from minihyperflows import flows, models, nn
 from minihyperflows import functional as F
 
 
@@ -57,6 +57,22 @@ def test_flux_is_a_quarter_of_w_times_the_gradient_of_the_weight_in_use(net, gam
         flux = np.abs(0.25 * weights[f"{name}.weight"].data * gradient)
         assert report[name].flux_present == pytest.approx(flux[mask].mean(), rel=1e-9)
         assert report[name].flux_removed == pytest.approx(flux[~mask].mean(), rel=1e-9)
+
+
+def test_an_unused_layer_has_no_flux():
+    rng = np.random.default_rng(0)
+    net = models.lenet300(in_features=6, num_classes=3, rng=rng, dtype=np.float64)
+    net.unused = nn.Linear(4, 4, rng=rng, dtype=np.float64)
+    net.frozen = nn.Linear(4, 4, rng=rng, dtype=np.float64)
+    flows.attach(net, init=(-0.5, 0.5), rng=rng)
+    net.frozen.presence.requires_grad = False
+    recorder = flows.FlowRecorder(net)
+    F.cross_entropy(net(rng.standard_normal((5, 6))), [0, 1, 2, 0, 1]).backward()
+    recorder.observe_flux()
+    report = recorder.take()
+    assert (report["unused"].flux_present, report["unused"].flux_removed) == (0, 0)
+    assert np.isnan(report["frozen"].flux_present)
+    assert report["fc1"].flux_present > 0 < report["fc1"].flux_removed
 
 
 def test_misuse(net):

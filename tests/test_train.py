@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from minihyperflows import NonFiniteLossError, flows, lab
+from minihyperflows import NonFiniteLossError, ShapeError, flows, lab, nn
 from minihyperflows.lab.recipes import PresenceTraining, PressureSettings, Regrowth, WeightTraining
 from minihyperflows.lab.train import trainable
 
@@ -211,3 +211,40 @@ def test_convolutional_recipes_train_narrow_and_continue_from_their_state(name):
         assert same(records[-1], other.run_epoch())
     assert [r.stage for r in records] == ["dense", "pruning", "pruning", "regrowth"]
     assert records[-1].density == pytest.approx(0.02, abs=0.002)
+
+
+# -- modes -----------------------------------------------------------------------------------------
+
+
+def frozen_norm(rng):
+    """A convolutional network whose batch norm its user has put into evaluation mode."""
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3, rng=rng),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(144, 10, rng=rng),
+    )
+    net[1].eval()
+    return net
+
+
+def test_evaluation_puts_every_mode_back(data):
+    net = frozen_norm(np.random.default_rng(0))
+    modes = [module.training for _, module in net.named_modules()]
+    lab.evaluate(net, data)
+    assert [module.training for _, module in net.named_modules()] == modes
+    net.fails = nn.Linear(2, 2, rng=np.random.default_rng(0))  # after an error too
+    with pytest.raises(ShapeError):
+        lab.evaluate(net, data)
+    assert [m.training for _, m in net.named_modules()][: len(modes)] == modes
+
+
+def test_a_frozen_batch_norm_stays_frozen_through_a_training(data):
+    rng = np.random.default_rng(0)
+    net = frozen_norm(rng)
+    statistics = net[1].running_mean.data.copy(), net[1].running_var.data.copy()
+    list(lab.train(net, data, change(TINY, dense={"epochs": 2}, pruning={"epochs": 2}), rng=rng))
+    assert not net[1].training
+    np.testing.assert_array_equal(net[1].running_mean.data, statistics[0])
+    np.testing.assert_array_equal(net[1].running_var.data, statistics[1])

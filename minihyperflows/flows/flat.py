@@ -8,7 +8,6 @@ the end writes the weights that the next step computes with: gated, and in half 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from minihyperflows.engine.gpu.update import (
 from minihyperflows.engine.tensor import Tensor
 from minihyperflows.flows.gate import gated_layers
 from minihyperflows.flows.recorder import LayerFlow
-from minihyperflows.nn import Module, Parameter, Weighted, weighted_layers
+from minihyperflows.nn import Module, Parameter, Weighted, weight_groups
 from minihyperflows.nn.optim import SGD, Adam, Optimizer
 
 FIRST_SCALE = 2.0**14  # of the loss, in half precision
@@ -58,15 +57,15 @@ class FlatTraining:
         self.weights, self.presences = weights, presences
         self._gated = gated_layers(net)
         self._growth_interval = 0 if np.dtype(dtype) == np.float32 else GROWTH_INTERVAL
-        layers = _distinct(list(weighted_layers(net).values()))
         gated = list(self._gated.values())
-        dense = [layer for layer in layers if layer not in gated]
-        first = [layer.weight for layer in (*gated, *dense)]
+        groups = list(weight_groups(net).values())  # layers that share a weight share its place
+        groups.sort(key=lambda layers: layers[0] not in gated)
+        first = [layers[0].weight for layers in groups]
         others = [p for p in weights.params if not any(p is w for w in first)]
         self._check(first, gated)
         places = lay_out(
             [layer.weight.size for layer in gated],
-            [layer.weight.size for layer in dense],
+            [weight.size for weight in first[len(gated) :]],
             [p.size for p in others],
         )
         rules = _rule(weights), Rule.NONE if presences is None else _rule(presences)
@@ -74,7 +73,7 @@ class FlatTraining:
             places, rules, dtype, FIRST_SCALE if self._growth_interval else 1.0
         )
         self._move_in([*first, *others], places, gated)
-        self._use([*gated, *dense], places)
+        self._use(groups, places)
         self.refresh()
 
     def _check(self, first: list[Parameter], gated: list[Weighted]) -> None:
@@ -104,14 +103,15 @@ class FlatTraining:
             steps = _move_parameters(self.presences, moved, places[: len(moved)], arrays.t, kept)
             _write(arrays.counters, Counter.PRESENCE_STEPS, steps)
 
-    def _use(self, layers: list[Weighted], places: list[Place]) -> None:
+    def _use(self, groups: list[list[Weighted]], places: list[Place]) -> None:
         """Let the layers compute with ``in_use``, whose gradient goes to the flat one."""
-        self._layers = layers
-        for layer, place in zip(layers, places, strict=False):
-            shape = layer.weight.shape
+        self._layers = [layer for layers in groups for layer in layers]
+        for layers, place in zip(groups, places, strict=False):
+            shape = layers[0].weight.shape
             leaf = Tensor(place.view(self.arrays.in_use, shape), requires_grad=True)
             leaf.gradient_buffer = place.view(self.arrays.gradient, shape)
-            layer.weight_in_use = leaf
+            for layer in layers:
+                layer.weight_in_use = leaf
 
     def release(self) -> None:
         """Give the network back to its optimisers, and to whoever wants to change it."""
@@ -251,17 +251,6 @@ class FlatTraining:
             freeze_at = math.ceil(freeze_at_density * self.gated_weights - 1e-6)
         arrays.changes[...] = 0
         arrays.present.set(np.array([present, freeze_at], np.int64))
-
-
-def _distinct(layers: Sequence[Weighted]) -> list[Weighted]:
-    """The layers, of those that share a weight only the first.
-
-    Raises:
-        ValueError: two layers share one.
-    """
-    if len({id(layer.weight) for layer in layers}) < len(layers):
-        raise ValueError("layers that share a weight cannot be trained in flat arrays")
-    return list(layers)
 
 
 def _rule(optimizer: Optimizer) -> Rule:

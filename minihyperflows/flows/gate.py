@@ -14,7 +14,8 @@ from minihyperflows.engine.graph import Function
 from minihyperflows.engine.memory import empty
 from minihyperflows.engine.tensor import Tensor, apply
 from minihyperflows.engine.threads import elementwise
-from minihyperflows.nn import Module, Parameter, Weighted, weighted_layers
+from minihyperflows.nn import Module, Parameter, Weighted, weight_groups, weighted_layers
+from minihyperflows.nn.init import require_generator
 
 # The declared derivative of the gate, which has none of its own: a step is flat on both sides. A
 # quarter is the largest slope of the logistic function, which the gate once was. A constant
@@ -83,7 +84,7 @@ def gate(t: Tensor) -> Tensor:
 
 
 class WeightGate:
-    """The gate of one layer: turns its weight into the weight in use."""
+    """The gate of one weight: turns it into the weight in use, in every layer that shares it."""
 
     def __init__(self, presence: Parameter) -> None:
         self.presence = presence
@@ -109,29 +110,67 @@ def attach(
     distance from 0 is how long a weight without flux lasts: with Adam at learning rate 0.001 and
     the default (0.2, 0.5), 200 to 500 steps.
 
+    Layers that share a weight share its t, whose flux is the sum of what they feel. (What reads a
+    weight without being a layer itself, such as an embedding tied to a classifier, has no gate.)
+
     Raises:
-        ValueError: gates are attached already, there is nothing to gate, or ``init`` is no range.
+        ValueError: gates are attached already, there is nothing to gate, or ``init`` is not a
+            range.
+        TypeError: ``rng`` is not a ``numpy.random.Generator``.
     """
     low, high = init
-    if not low <= high:
-        raise ValueError(f"init must be (low, high) with low <= high, not {init}")
-    layers = list(weighted_layers(net).values())
-    if not layers:
+    if not -np.inf < low <= high < np.inf:
+        raise ValueError(f"init must be (low, high) with low <= high, both finite, not {init}")
+    require_generator(rng)
+    groups = list(weight_groups(net).values())
+    if not groups:
         raise ValueError("nothing to gate: the network has no convolution or linear layer")
-    if any(layer.weight_gate for layer in layers):
+    if any(layer.weight_gate for layers in groups for layer in layers):
         raise ValueError("gates are attached already: flows.detach(net) removes them")
-    for layer in layers:
-        t = rng.uniform(low, high, layer.weight.shape).astype(layer.weight.dtype)
-        presence = Parameter(t, layer.weight.torch_axes, role=PRESENCE)
-        if layer.weight.device != "cpu":
-            presence.data = presence.to(layer.weight.device).data
-        layer.presence = presence  # found by named_tensors, so it is saved and moved
-        layer.weight_gate = WeightGate(presence)
+    for layers in groups:
+        presence = _draw_presence(layers[0].weight, low, high, rng)
+        for layer in layers:
+            layer.presence = presence  # found by named_tensors, so it is saved and moved
+            layer.weight_gate = WeightGate(presence)
+
+
+def _draw_presence(
+    weight: Parameter, low: float, high: float, rng: np.random.Generator
+) -> Parameter:
+    t = rng.uniform(low, high, weight.shape).astype(weight.dtype)
+    presence = Parameter(t, weight.torch_axes, role=PRESENCE)
+    if weight.device != "cpu":
+        presence.data = presence.to(weight.device).data
+    return presence
+
+
+def gated_groups(net: Module) -> dict[str, list[Weighted]]:
+    """The layers of ``net`` that have a gate, those that share a weight together, by the name of
+    the first.
+
+    Raises:
+        ValueError: layers that share a weight have gates of their own, so that there is not one
+            network without gates that computes the same.
+    """
+    gated: dict[str, list[Weighted]] = {}
+    for name, layers in weight_groups(net).items():
+        gates = {id(vars(layer).get(PRESENCE)): layer for layer in layers}
+        if len(gates) > 1:
+            raise ValueError(
+                f"the layers that share {name}.weight do not share its gate: tie weights first, "
+                "then call flows.attach"
+            )
+        if isinstance(vars(layers[0]).get(PRESENCE), Parameter):
+            gated[name] = layers
+    return gated
 
 
 def gated_layers(net: Module) -> dict[str, Weighted]:
-    """The layers of ``net`` that have a gate, by name."""
-    return {name: layer for name, layer in weighted_layers(net).items() if layer.weight_gate}
+    """The layers of ``net`` that have a gate, by name; of those that share a weight the first.
+
+    So each gated weight is here once.
+    """
+    return {name: layers[0] for name, layers in gated_groups(net).items()}
 
 
 def presences(net: Module) -> dict[str, Parameter]:
@@ -142,9 +181,10 @@ def presences(net: Module) -> dict[str, Parameter]:
 
 def detach(net: Module) -> None:
     """Remove the gates; the weights keep their values, removed ones come back to life."""
-    for layer in gated_layers(net).values():
-        layer.weight_gate = None
-        del layer.presence
+    for layer in weighted_layers(net).values():
+        if PRESENCE in vars(layer):
+            layer.weight_gate = None
+            del layer.presence
 
 
 def to_dense(net: Module) -> None:
@@ -158,7 +198,10 @@ def to_dense(net: Module) -> None:
 
 
 def counts(net: Module) -> dict[str, tuple[int, int]]:
-    """(present weights, all weights) of every gated layer, by layer name."""
+    """(present weights, all weights) of every gated layer, by layer name.
+
+    Weights that layers share count once, for the first of them.
+    """
     return {
         name: (count_present(layer.presence.data), layer.weight.size)
         for name, layer in gated_layers(net).items()

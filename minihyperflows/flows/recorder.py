@@ -66,17 +66,26 @@ class FlowRecorder:
         """Read the flux out of the presence gradients of the last backward pass.
 
         dL/dt_i = flux_i + gamma / N, so flux_i = dL/dt_i - gamma / N (with a floor, the pressure
-        acts only on t above it).
+        acts only on t above it). A layer that the loss does not depend on has no gradient: its flux
+        is 0. That of a frozen presence is not known, and not observed.
 
         Args:
             gamma, floor: of the pressure term that was in the loss; 0 if there was none.
+
+        Raises:
+            ValueError: no presence has a gradient, so there was no backward pass.
         """
+        if all(layer.presence.grad is None for layer in self._gated.values()):
+            raise ValueError("no presence has a gradient: observe flux after backward")
         share = gamma / self._weights
         for name, layer in self._gated.items():
             t, gradient = layer.presence.data, layer.presence.grad
             if gradient is None:
-                raise ValueError(f"{name}.presence has no gradient: observe flux after backward")
-            flux = gradient - share if floor is None else gradient - share * (t > floor)
+                if not layer.presence.requires_grad:
+                    continue
+                flux = xp_of(t).zeros_like(t)
+            else:
+                flux = gradient - share if floor is None else gradient - share * (t > floor)
             totals, mask = self._layers[name], is_present(t)
             _add_mean(totals.flux_present, abs(flux[mask]))
             _add_mean(totals.flux_removed, abs(flux[~mask]))

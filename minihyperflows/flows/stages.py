@@ -7,6 +7,7 @@ so that removed weights with enough flux come back (chapter 09).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 
 from minihyperflows.engine.backend import Array, xp_of
 from minihyperflows.flows.gate import count_present, is_present, presences
@@ -59,30 +60,48 @@ def land(net: Module, target_density: float) -> int:
     from there on the topology is frozen (chapter 09).
 
     Args:
-        target_density: the fraction of all gated weights to keep. Their number is rounded down.
+        target_density: the fraction of all gated weights to keep, in [0, 1]. Their number is
+            rounded down.
 
     Returns:
         How many weights were brought back (positive) or removed (negative).
+
+    Raises:
+        ValueError: ``target_density`` is not a fraction, there are no gates, or a t is NaN, which
+            has no rank.
     """
-    parameters = [p.data for p in presences(net).values()]
-    keep = kept_weights(target_density, sum(t.size for t in parameters))
-    change = keep - sum(count_present(t) for t in parameters)
+    if not (isinstance(target_density, Real) and 0 <= target_density <= 1):
+        raise ValueError(f"the density to land on is a fraction in [0, 1], not {target_density}")
+    named = {name: p.data for name, p in presences(net).items()}
+    if not named:
+        raise ValueError("this network has no gates: attach them first with flows.attach")
+    for name, t in named.items():
+        if xp_of(t).isnan(t).any():
+            raise ValueError(f"{name} holds NaN, which has no rank: has the training diverged?")
+    arrays = list(named.values())
+    keep = kept_weights(float(target_density), sum(t.size for t in arrays))
+    change = keep - sum(count_present(t) for t in arrays)
     if change:
-        _move_threshold(parameters, change)
+        _move_threshold(arrays, change)
     return change
 
 
 def _move_threshold(arrays: list[Array], change: int) -> None:
     """Bring back the ``change`` removed weights with the largest t, or remove the ``-change``
-    present ones with the smallest. In a tie the earlier weight moves."""
+    present ones with the smallest. In a tie the earlier weight moves.
+
+    The ranking compares all t in the widest of their dtypes; each is then moved to the nearest
+    number across the threshold that its own dtype holds in full precision.
+    """
     xp = xp_of(arrays[0])
-    flat = xp.concatenate([t.reshape(-1) for t in arrays])
+    flat = xp.concatenate([t.real.reshape(-1) for t in arrays])
     candidates = xp.flatnonzero(is_present(flat) == (change < 0))
-    moved = candidates[_smallest(abs(flat[candidates]), abs(change))]
-    flat[moved] = 0.0 if change > 0 else -xp.finfo(flat.dtype).tiny
+    moves = xp.zeros(flat.size, bool)
+    moves[candidates[_smallest(abs(flat[candidates]), abs(change))]] = True
     start = 0
     for t in arrays:
-        t[...] = flat[start : start + t.size].reshape(t.shape)
+        here = moves[start : start + t.size].reshape(t.shape)
+        t[here] = 0.0 if change > 0 else -xp.finfo(t.dtype).tiny
         start += t.size
 
 

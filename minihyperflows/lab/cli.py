@@ -414,17 +414,28 @@ def export_weights(options: argparse.Namespace) -> None:
 
 
 def pruned_weights(arrays: dict[str, Any]) -> dict[str, Any]:
-    """The network's tensors out of a checkpoint, weights multiplied by their gates."""
+    """The network's tensors out of a checkpoint, weights multiplied by their gates.
+
+    Gates go by name: "<layer>.presence" belongs to "<layer>.weight". Layers that share a weight
+    share its presence, and have both under each of their names.
+    """
     net = {k.removeprefix("net."): v for k, v in arrays.items() if k.startswith("net.")}
-    suffix = ".presence"
-    masks = {k.removesuffix(suffix): v >= 0 for k, v in net.items() if k.endswith(suffix)}
+    gates = {_beside(k, "weight"): t >= 0 for k, t in net.items() if _last_part(k) == "presence"}
     return {
-        name: value * masks[name.removesuffix(".weight")]
-        if name.removesuffix(".weight") in masks and name.endswith(".weight")
-        else value
+        name: value * gates[name] if name in gates else value
         for name, value in net.items()
-        if not name.endswith(suffix)
+        if _last_part(name) != "presence"
     }
+
+
+def _last_part(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _beside(name: str, other: str) -> str:
+    """The dotted name of another attribute of the same module."""
+    path, dot, _ = name.rpartition(".")
+    return f"{path}{dot}{other}"
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from minihyperflows.flows.flat import FlatTraining
 from minihyperflows.lab.data import Dataset
 from minihyperflows.nn import Module
 from minihyperflows.nn.optim import Optimizer
+from minihyperflows.nn.restore import in_mode
 
 EVALUATION_BATCH = 1000
 
@@ -173,13 +174,9 @@ class GpuEpochs:
     def accuracy(self) -> float:
         """The fraction of the test set that the network, as it computes now, classifies
         correctly."""
-        was_training = self.net.training
-        self.net.eval()
-        with on_stream(self._stream), no_grad():
+        with on_stream(self._stream), no_grad(), in_mode(self.net, training=False):
             correct = sum(self._correct(start) for start in range(0, self._test_size, self._chunk))
-            fraction = int(correct) / self._test_size  # the host waits here
-        self.net.train(was_training)
-        return fraction
+            return int(correct) / self._test_size  # the host waits here
 
     @property
     def _test_size(self) -> int:

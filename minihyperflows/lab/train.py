@@ -25,6 +25,7 @@ from minihyperflows.lab.gpu_epochs import GpuEpochs, Steering
 from minihyperflows.lab.prefetch import prefetch
 from minihyperflows.lab.recipes import PresenceTraining, Recipe, WeightTraining, find
 from minihyperflows.nn import BatchNorm2d, Module, Parameter, models, optim
+from minihyperflows.nn.restore import in_mode
 
 EVALUATION_BATCH = 500
 FLUX_SAMPLES = 8  # times per epoch that the recorder reads the flux
@@ -108,18 +109,18 @@ def build_network(recipe: Recipe, data: Dataset, rng: np.random.Generator) -> Mo
 
 
 def evaluate(net: Module, data: Dataset) -> float:
-    """The fraction of the test set that ``net`` classifies correctly."""
+    """The fraction of the test set that ``net`` classifies correctly, in evaluation mode.
+
+    Afterwards each module is in the mode in which it was.
+    """
     like = next(iter(net.named_parameters().values()))
-    was_training = net.training
-    net.eval()
     correct = 0
-    with no_grad():
+    with no_grad(), in_mode(net, training=False):
         for start in range(0, len(data.test_y), EVALUATION_BATCH):
             batch = slice(start, start + EVALUATION_BATCH)
             images = normalise(data.test_x[batch], data, like.dtype)
             logits = net(Tensor(to_device(images, like.device)))
             correct += int((logits.numpy().argmax(axis=1) == data.test_y[batch]).sum())
-    net.train(was_training)
     return correct / len(data.test_y)
 
 

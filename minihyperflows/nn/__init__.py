@@ -11,6 +11,7 @@ from minihyperflows.nn.layers import (
     ReLU,
     Sequential,
     Weighted,
+    weight_groups,
     weighted_layers,
 )
 from minihyperflows.nn.module import Buffer, Module, Parameter
@@ -31,5 +32,6 @@ __all__ = [
     "init",
     "models",
     "optim",
+    "weight_groups",
     "weighted_layers",
 ]

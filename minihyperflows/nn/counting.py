@@ -12,7 +12,7 @@ from minihyperflows.engine.graph import Function, is_recording, reverse_topologi
 from minihyperflows.engine.ops import Linear
 from minihyperflows.engine.tensor import Tensor
 from minihyperflows.nn.module import Module, Parameter
-from minihyperflows.nn.restore import restored
+from minihyperflows.nn.restore import in_mode, restored
 
 
 def flops(net: Module, input_shape: tuple[int, ...]) -> dict[str, int]:
@@ -51,15 +51,12 @@ def trace(net: Module, input_shape: tuple[int, ...]) -> list[Function]:
     """
     if not is_recording():
         raise ValueError("the operations of a network are found by recording them: leave no_grad()")
-    modules = [module for _, module in net.named_modules()]
     parameters = [t for t in net.named_tensors().values() if isinstance(t, Parameter)]
     like = next(iter(net.parameters()), None)
     if like is None:
         return []
     image = Tensor(to_device(np.zeros((1, *input_shape), like.dtype), like.device))
-    touched = [*((m, "training") for m in modules), *((p, "requires_grad") for p in parameters)]
-    with restored(touched):
-        net.eval()
+    with in_mode(net, training=False), restored([(p, "requires_grad") for p in parameters]):
         for parameter in parameters:
             parameter.requires_grad = True
         output = net(image)

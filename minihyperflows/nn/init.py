@@ -7,6 +7,14 @@ from typing import Any
 import numpy as np
 
 
+def require_generator(rng: Any) -> None:
+    """Raise TypeError, saying what to write, unless ``rng`` is a ``numpy.random.Generator``."""
+    if not isinstance(rng, np.random.Generator):
+        raise TypeError(
+            f"rng must be a numpy.random.Generator, such as np.random.default_rng(0), not {rng!r}"
+        )
+
+
 def fan_in(shape: tuple[int, ...]) -> int:
     """How many inputs each output of a weight sums over: the weights (out, ...) of one output."""
     return int(np.prod(shape[1:]))
@@ -16,6 +24,7 @@ def uniform(
     shape: tuple[int, ...], bound: float, rng: np.random.Generator, dtype: Any = np.float32
 ) -> np.ndarray:
     """Uniform on [-bound, bound). Drawn in float64, so that every dtype sees the same numbers."""
+    require_generator(rng)
     return rng.uniform(-bound, bound, shape).astype(dtype)
 
 

@@ -53,8 +53,25 @@ class Weighted(Module):
 
 
 def weighted_layers(net: Module) -> dict[str, Weighted]:
-    """The convolutions and linear layers of ``net`` by name, in the order of definition."""
+    """The convolutions and linear layers of ``net`` by name, in the order of definition.
+
+    Layers may share a weight: what is done to weights, not to layers, goes by
+    :func:`weight_groups`.
+    """
     return {name: m for name, m in net.named_modules() if isinstance(m, Weighted)}
+
+
+def weight_groups(net: Module) -> dict[str, list[Weighted]]:
+    """The convolutions and linear layers of ``net``, those that share a weight together.
+
+    Tied weights are one weight: it is gated, counted and pruned once, for all of its layers. A
+    group has the name of its first layer, which is how ``net.named_parameters()`` calls the weight
+    (``"<name>.weight"``); most groups have one layer.
+    """
+    groups: dict[int, tuple[str, list[Weighted]]] = {}
+    for name, layer in weighted_layers(net).items():
+        groups.setdefault(id(layer.weight), (name, []))[1].append(layer)
+    return dict(groups.values())
 
 
 class Linear(Weighted):

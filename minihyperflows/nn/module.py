@@ -1,7 +1,8 @@
 """Modules: objects that hold parameters, buffers and other modules.
 
 A module finds what it holds by looking through its own attributes (and the lists, tuples and
-dictionaries among them), in the order in which they were set. There is no registration to forget.
+dictionaries among them, however deep), in the order in which they were set. There is no
+registration to forget.
 """
 
 from __future__ import annotations
@@ -48,6 +49,17 @@ class Module:
 
     training = True
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; what holds state is replaced only by what holds state, or None.
+
+        Raises:
+            TypeError: an array, a plain tensor or a number in the place of a parameter or buffer.
+        """
+        held = vars(self).get(name)
+        if isinstance(held, Parameter | Buffer):
+            _check_replacement(f"{type(self).__name__}.{name}", held, value)
+        super().__setattr__(name, value)
+
     def forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
@@ -57,13 +69,14 @@ class Module:
     # -- what it holds ---------------------------------------------------------------------------
 
     def contents(self) -> Iterator[tuple[str, Any]]:
-        """The attributes with their names; the items of lists, tuples and dictionaries singly."""
+        """The attributes with their names; the items of lists, tuples and dictionaries singly, at
+        any depth: ``blocks.0.1`` is ``self.blocks[0][1]``.
+
+        Raises:
+            TypeError: modules or parameters in a set, which has no order to name them by.
+        """
         for name, value in vars(self).items():
-            if isinstance(value, list | tuple | dict):
-                items = value.items() if isinstance(value, dict) else enumerate(value)
-                yield from ((f"{name}.{key}", item) for key, item in items)
-            else:
-                yield name, value
+            yield from _items(name, value, ())
 
     def children(self) -> Iterator[tuple[str, Module]]:
         """The modules directly inside this one, with their names."""
@@ -74,13 +87,24 @@ class Module:
         return _walk(self, "", set())
 
     def named_tensors(self) -> dict[str, Parameter | Buffer]:
-        """All parameters of every role, and all buffers: what ``state_dict`` saves."""
-        return {
-            f"{path}.{name}" if path else name: value
-            for path, module in self.named_modules()
-            for name, value in module.contents()
-            if isinstance(value, Parameter | Buffer)
-        }
+        """All parameters of every role, and all buffers: what ``state_dict`` saves.
+
+        A tensor that several modules share (tied weights) is there under each of its names.
+
+        Raises:
+            ValueError: two tensors have the same name, so that one of them would be lost.
+        """
+        found: dict[str, Parameter | Buffer] = {}
+        for path, module in self.named_modules():
+            for name, value in module.contents():
+                if isinstance(value, Parameter | Buffer):
+                    full_name = f"{path}.{name}" if path else name
+                    if found.setdefault(full_name, value) is not value:
+                        raise ValueError(
+                            f"two parameters or buffers are called {full_name}: choose keys that "
+                            "differ as text and contain no dots"
+                        )
+        return found
 
     def named_parameters(self, role: str = "weight") -> dict[str, Parameter]:
         """The parameters of one role by dotted name, in the order of definition.
@@ -137,14 +161,39 @@ class Module:
             KeyError: names are missing or unknown.
             ShapeError: a value has another shape than its tensor.
             TypeError: a value is of another kind, complex for real or real for integer.
+            ValueError: different values for the names of one shared tensor.
         """
         tensors = self.named_tensors()
         _check_names(set(tensors), set(state))
         arrays = {k: np.asarray(state[k]) for k in tensors}
         for name, tensor in tensors.items():
             _check_fits(name, arrays[name], tensor)
+        _check_ties(arrays, tensors)
         for name, tensor in tensors.items():
             tensor.data = _from_torch_layout(arrays[name], tensor)
+
+
+def _check_replacement(place: str, held: Parameter | Buffer, value: Any) -> None:
+    if value is not None and not isinstance(value, Parameter | Buffer | Module):
+        kind, attribute = type(held).__name__, place.rpartition(".")[2]
+        raise TypeError(
+            f"{place} is a {kind}: in its place {type(value).__name__} would not be trained or "
+            f"saved; set its values with .{attribute}.data = ..., or assign an nn.{kind}"
+        )
+
+
+def _items(name: str, value: Any, around: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
+    """``value``, or what a container holds, with names; ``around`` are the containers that it is
+    in, which are not entered again."""
+    if isinstance(value, list | tuple | dict):
+        if not any(value is container for container in around):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, item in items:
+                yield from _items(f"{name}.{key}", item, (*around, value))
+        return
+    if isinstance(value, set | frozenset) and any(isinstance(v, Module | Tensor) for v in value):
+        raise TypeError(f"{name} is a set, whose modules have no order and no names: use a list")
+    yield name, value
 
 
 def _walk(module: Module, name: str, seen: set[int]) -> Iterator[tuple[str, Module]]:
@@ -175,6 +224,18 @@ def _check_fits(name: str, array: np.ndarray, tensor: Parameter | Buffer) -> Non
         raise ShapeError(f"{name} has shape {array.shape} where {wanted} is needed")
     if not np.can_cast(array.dtype, tensor.dtype, "same_kind"):
         raise TypeError(f"{name} holds {array.dtype} values where {tensor.dtype} is needed")
+
+
+def _check_ties(arrays: dict[str, np.ndarray], tensors: dict[str, Parameter | Buffer]) -> None:
+    """One tensor, one value: otherwise the last of its names would win, silently."""
+    first_name: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        first = first_name.setdefault(id(tensor), name)
+        if first != name and not np.array_equal(arrays[first], arrays[name], equal_nan=True):
+            raise ValueError(
+                f"{first} and {name} are one tensor here, but the state has different values for "
+                "them: make them equal, or load into a network that does not share it"
+            )
 
 
 def _check_names(wanted: set[str], given: set[str]) -> None:

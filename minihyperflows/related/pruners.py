@@ -12,7 +12,8 @@ A pruner decides with which weights a network computes; training it stays the ca
         pruner.after_step(step)
     pruner.finish()
 
-``start`` gives every convolution and linear layer a :class:`Mask`. A method of your own is a
+``start`` gives every convolution and linear layer a :class:`Mask`, one to layers that share their
+weight. A method of your own is a
 subclass of :class:`Pruner` that overrides :meth:`~Pruner.prepare` (before the first step),
 :meth:`~Pruner.after_step`, or both. It finds what it needs on itself: ``masks`` by layer name, each
 with the weights, with who is present, and with the gradient of *all* weights, removed ones too;
@@ -31,7 +32,7 @@ import numpy as np
 
 from minihyperflows.engine.graph import Function
 from minihyperflows.engine.tensor import Tensor, apply
-from minihyperflows.nn import Module, Parameter, counting, weighted_layers
+from minihyperflows.nn import Module, Parameter, counting, weight_groups, weighted_layers
 from minihyperflows.nn.optim import Optimizer
 
 # -- masks ---------------------------------------------------------------------------------------
@@ -57,7 +58,7 @@ class MaskedWeight(Function):
 
 
 class Mask:
-    """The mask of one layer, and what a pruner wants to know of its weights.
+    """The mask of one weight, and what a pruner wants to know of it.
 
     Attributes:
         weight: the layer's weights, removed ones with the value they were removed with (and what
@@ -78,17 +79,20 @@ class Mask:
 def attach_masks(net: Module) -> dict[str, Mask]:
     """Give every convolution and linear layer a mask, by layer name; all weights are present.
 
+    Layers that share a weight have one mask, called after the first of them.
+
     Raises:
         ValueError: there is nothing to mask, or the layers have masks or gates already.
     """
-    layers = weighted_layers(net)
-    if not layers:
+    groups = weight_groups(net)
+    if not groups:
         raise ValueError("nothing to prune: the network has no convolution or linear layer")
-    if any(layer.weight_gate for layer in layers.values()):
+    if any(layer.weight_gate for layers in groups.values() for layer in layers):
         raise ValueError("the network is being pruned already: finish that first")
-    masks = {name: Mask(layer.weight) for name, layer in layers.items()}
-    for name, layer in layers.items():
-        layer.weight_gate = masks[name]
+    masks = {name: Mask(layers[0].weight) for name, layers in groups.items()}
+    for name, layers in groups.items():
+        for layer in layers:
+            layer.weight_gate = masks[name]
     return masks
 
 

@@ -22,7 +22,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from minihyperflows.nn.layers import weighted_layers
+from minihyperflows.nn.layers import weight_groups, weighted_layers
 from minihyperflows.nn.module import Module
 from minihyperflows.related.channels import ChannelGroup, channel_groups
 from minihyperflows.related.filters import (
@@ -93,7 +93,7 @@ def prune_weights(
             such sparsity, or no such layers; or more must stay than is left. In the first round:
             the layers have masks or gates already.
     """
-    layers = weighted_layers(net)
+    layers = {name: group[0] for name, group in weight_groups(net).items()}
     if unknown := sorted(set(exclude) - set(layers)):
         raise ValueError(f"no layer {', '.join(unknown)} to exclude: there are {', '.join(layers)}")
     sizes = {name: m.weight.size for name, m in layers.items() if name not in exclude}

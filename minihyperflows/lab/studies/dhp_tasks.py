@@ -26,6 +26,7 @@ from minihyperflows.lab.train import EVALUATION_BATCH, evaluate
 from minihyperflows.nn import Module, models
 from minihyperflows.nn.models.blocks import conv
 from minihyperflows.nn.models.resnet import BasicBlock, ResNet
+from minihyperflows.nn.restore import in_mode
 
 DTYPE = np.float32
 LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue, ITU-R BT.601
@@ -140,14 +141,11 @@ class Denoising(Task):
         """Mean over the images of 10 log10(1 / mean squared error), in decibels."""
         clean = luminance(self.data.test_x[: self.images])
         noisy = with_noise(clean, np.random.default_rng(0))
-        was_training = net.training
-        net.eval()
         ratios = []
-        with no_grad():
+        with no_grad(), in_mode(net, training=False):
             for start in range(0, len(clean), EVALUATION_BATCH):
                 part = slice(start, start + EVALUATION_BATCH)
                 ratios.append(psnr(net(self._tensor(noisy[part])).numpy(), clean[part]))
-        net.train(was_training)
         return float(np.concatenate(ratios).mean())
 
 

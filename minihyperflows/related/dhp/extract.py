@@ -10,7 +10,7 @@ import numpy as np
 from minihyperflows.engine.graph import no_grad
 from minihyperflows.engine.tensor import Tensor
 from minihyperflows.nn import BatchNorm2d, Module, Weighted
-from minihyperflows.nn.restore import restored
+from minihyperflows.nn.restore import in_mode, restored
 from minihyperflows.related.cutting import cut
 from minihyperflows.related.dhp.network import REPLACED, HyperNetwork
 
@@ -40,11 +40,9 @@ def reestimate_norms(net: Module, batches: Iterable[Tensor]) -> None:
     Those of a network that was just cut are what its layers received before. No weight changes, so
     this tells how much of the function gap is a matter of statistics. Modes are put back.
     """
-    modules = [m for _, m in net.named_modules()]
-    norms = [m for m in modules if isinstance(m, BatchNorm2d)]
-    touched = [*((m, "training") for m in modules), *((norm, "momentum") for norm in norms)]
-    with no_grad(), restored(touched):
-        net.train()
+    norms = [m for _, m in net.named_modules() if isinstance(m, BatchNorm2d)]
+    momenta = restored([(norm, "momentum") for norm in norms])
+    with no_grad(), in_mode(net, training=True), momenta:
         for k, x in enumerate(batches, start=1):
             for norm in norms:
                 norm.momentum = 1 / k  # a running mean over all batches so far
