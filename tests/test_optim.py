@@ -277,3 +277,49 @@ def test_moments_without_gradients_do_not_become_subnormal(optimizer):
         for name, array in one.state_dict().items():
             small = np.abs(array[(array != 0) & (np.abs(array) < tiny)]) if array.ndim else ()
             assert len(small) == 0, f"{name} has {len(small)} subnormal entries"
+
+
+HALF_RULES = {"sgd": SGD[3], "adam": {}, "adam, weight decay": {"weight_decay": 0.01}}
+
+
+@pytest.mark.parametrize("name", HALF_RULES)
+def test_half_precision_is_stepped_in_float32(name: str, rng: np.random.Generator) -> None:
+    """As in float64, and then rounded, also where squares of gradients are zero in float16."""
+    step = optim.SGD if name == "sgd" else optim.Adam
+    start, lr = rng.standard_normal(300).astype(np.float16), 0.01
+    p, exact = nn.Parameter(start.copy()), nn.Parameter(start.astype(float))
+    mine, reference = (step([q], lr=lr, **HALF_RULES[name]) for q in (p, exact))
+    for _ in range(5):
+        exact.data[...] = p.data  # so that one rounding is all that differs
+        p.grad = (10.0 ** rng.uniform(-7, 1, 300) * rng.choice([-1, 1], 300)).astype(np.float16)
+        exact.grad = p.grad.astype(float)
+        mine.step()
+        reference.step()
+        assert p.dtype == np.float16
+        moved = lr * (1 + abs(exact.grad))
+        limit = 0.51 * np.finfo(np.float16).eps * abs(exact.data) + 1e-4 * moved + 6e-8
+        assert (abs(p.data - exact.data) <= limit).all()
+
+
+def test_adam_in_half_precision_stands_still_without_a_gradient() -> None:
+    """Its eps of 1e-8 is zero in float16: 0 / 0 gave NaN."""
+    p = nn.Parameter(np.ones(4, np.float16))
+    one = optim.Adam([p], lr=1e-3)
+    p.grad = np.zeros(4, np.float16)
+    one.step()
+    np.testing.assert_array_equal(p.data, np.ones(4, np.float16))
+
+
+def test_half_precision_continues_from_its_state(rng: np.random.Generator) -> None:
+    p = nn.Parameter(np.ones(9, np.float16))
+    one = optim.Adam([p], lr=1e-2)
+    p.grad = (1e-4 * rng.standard_normal(9)).astype(np.float16)
+    one.step()
+    q = nn.Parameter(p.data.copy())
+    two = optim.Adam([q], lr=1e-2)
+    two.load_state_dict(one.state_dict())
+    q.grad = p.grad
+    one.step()
+    two.step()
+    np.testing.assert_array_equal(p.data, q.data)
+    assert {a.dtype for a in one.state[0].values()} == {np.dtype(np.float32)}

@@ -248,3 +248,18 @@ def test_a_frozen_batch_norm_stays_frozen_through_a_training(data):
     assert not net[1].training
     np.testing.assert_array_equal(net[1].running_mean.data, statistics[0])
     np.testing.assert_array_equal(net[1].running_var.data, statistics[1])
+
+
+def test_an_empty_test_set_is_refused_before_training(data):
+    empty = dataclasses.replace(data, test_x=data.test_x[:0], test_y=data.test_y[:0])
+    net = lab.build_network(TINY, data, np.random.default_rng(0))
+    with pytest.raises(lab.UserError, match="the test set is empty"):
+        lab.evaluate(net, empty)
+    with pytest.raises(lab.UserError, match="the test set is empty"):
+        new_trainer(TINY, empty)
+
+
+def test_half_precision_trains_on_the_cpu(data):
+    half, single = dataclasses.replace(TINY, dtype="float16"), TINY
+    accuracy = [run(recipe, data)[1][-1].test_accuracy for recipe in (half, single)]
+    assert accuracy[0] > accuracy[1] - 0.05

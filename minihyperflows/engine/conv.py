@@ -19,7 +19,9 @@ from minihyperflows.engine.gpu import linear as gpu_linear
 from minihyperflows.engine.graph import Function
 from minihyperflows.engine.im2col import Im2col
 from minihyperflows.engine.norm import channel_sum
+from minihyperflows.engine.numbers import HALF, Arithmetic, as_floats, converted, float_dtype
 from minihyperflows.engine.ops import add_to
+from minihyperflows.engine.tensor import apply
 from minihyperflows.engine.windows import Pair, pad, pair, window_positions
 from minihyperflows.engine.winograd import Winograd
 
@@ -43,13 +45,14 @@ def conv2d_loop(
     """
     (s, t), (kh, kw), depth = pair(stride, "stride", 1), weight.shape[1:3], weight.shape[3]
     positions = window_positions(x.shape, (kh, kw), (s, t), pair(padding, "padding", 0))
-    x = pad(x, pair(padding, "padding", 0))
-    y = np.zeros((len(x), *positions, len(weight)), np.result_type(x, weight))
+    dtype = float_dtype(x, weight, bias)
+    x, weight, bias = as_floats(pad(x, pair(padding, "padding", 0)), weight, bias)
+    y = np.zeros((len(x), *positions, len(weight)), x.dtype)
     for n, i, j, o in np.ndindex(*y.shape):
         first = o * groups // len(weight) * depth  # the first channel of this filter's group
         window = x[n, i * s : i * s + kh, j * t : j * t + kw, first : first + depth]
         y[n, i, j, o] = (window * weight[o]).sum()
-    return y if bias is None else y + bias
+    return (y if bias is None else y + bias).astype(dtype, copy=False)
 
 
 def conv2d_im2col(
@@ -61,7 +64,8 @@ def conv2d_im2col(
     groups: int = 1,
 ) -> Array:
     """The same by one matrix product; see :class:`~minihyperflows.engine.im2col.Im2col`."""
-    return Conv2d(stride, padding, groups, way="im2col").forward(x, weight, bias)
+    inputs = (x, weight) if bias is None else (x, weight, bias)
+    return apply(Conv2d(stride, padding, groups, way="im2col"), *inputs).data
 
 
 def conv2d_winograd(
@@ -77,7 +81,8 @@ def conv2d_winograd(
 
     See :class:`~minihyperflows.engine.winograd.Winograd`.
     """
-    return Conv2d(stride, padding, groups, way=f"winograd{m}").forward(x, weight, bias)
+    inputs = (x, weight) if bias is None else (x, weight, bias)
+    return apply(Conv2d(stride, padding, groups, way=f"winograd{m}"), *inputs).data
 
 
 def choose_way(
@@ -128,6 +133,8 @@ class Conv2d(Function):
         way: one of ``WAYS``; by default :func:`choose_way` decides.
     """
 
+    arithmetic = Arithmetic.FLOAT
+
     def __init__(
         self, stride: Pair = 1, padding: Pair = 0, groups: int = 1, way: str | None = None
     ) -> None:
@@ -141,12 +148,13 @@ class Conv2d(Function):
 
     def forward(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
         self.check(x.shape, weight.shape, None if bias is None else bias.shape)
-        self.weight = weight
         self.on_gpu = self.way is None and self.groups == 1 and gpu_linear.fits(x, weight, bias)
         if self.on_gpu:
+            self.weight = weight
             return self.forward_on_gpu(x, weight, bias)
-        self.x = x
-        y = self.algorithm().forward(x, weight)
+        # The algorithms compute in one dtype. (A GPU gets its arrays as they are.)
+        self.x, self.weight = converted((x, weight), float_dtype(x, weight))
+        y = self.algorithm().forward(self.x, self.weight)
         return y if bias is None else add_to(y, bias)
 
     def backward(self, c: Array) -> tuple[Array | None, ...]:
@@ -184,9 +192,7 @@ class Conv2d(Function):
     def algorithm(self) -> Algorithm:
         """The chosen way, made for the shapes at hand."""
         shapes = self.x.shape, self.weight.shape
-        way = self.way or choose_way(
-            *shapes, self.stride, self.padding, self.groups, self.weight.dtype
-        )
+        way = self.way or choose_way(*shapes, self.stride, self.padding, self.groups, self.x.dtype)
         if way == "im2col":
             return Im2col(*shapes, self.stride, self.padding, self.groups)
         if not can_winograd(self.weight.shape, self.stride, self.groups):
@@ -194,6 +200,8 @@ class Conv2d(Function):
                 f"Conv2d: {way} needs 3x3 filters, stride 1 and one group, not a weight of shape "
                 f"{self.weight.shape} with stride {self.stride} and groups={self.groups}"
             )
+        if self.x.dtype == HALF:
+            raise TypeError(f"Conv2d: {way} needs float32 at least, not float16")
         return Winograd(*shapes, self.padding, m=int(way[-1]))
 
     def check(

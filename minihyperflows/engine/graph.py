@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from minihyperflows.engine import numbers
 from minihyperflows.engine.backend import Array, xp_of
 from minihyperflows.engine.errors import GraphError, ShapeError
 from minihyperflows.engine.gpu import elementwise as gpu_elementwise
@@ -51,6 +52,7 @@ class Intermediate(NamedTuple):
 
     creator: Function
     shape: tuple[int, ...]
+    dtype: Any
 
 
 class Function:
@@ -76,8 +78,14 @@ class Function:
     ``backward`` must not write into the cotangent: other functions may hold the same array. On
     complex arrays an operation is its analytic continuation: nothing is conjugated, and
     comparisons look at the real part. That is what the complex-step derivative needs.
+
+    Attributes:
+        arithmetic: which numbers it computes with; its inputs are converted accordingly
+            (:mod:`minihyperflows.engine.numbers`). None: they come as they are.
     """
 
+    arithmetic: numbers.Arithmetic | None = None
+    rounds_to_half = False  # computes in float32 for inputs of float16
     inputs: tuple[Any, ...] = ()
     needs: tuple[bool, ...] = ()
     output_shape: tuple[int, ...] = ()
@@ -164,7 +172,7 @@ def backpropagate(root: Function, cotangent: Array) -> None:
 
 def input_gradients(function: Function, cotangent: Array) -> list[Array | None]:
     """``function.backward(cotangent)``, checked: one gradient of the right shape for each input."""
-    answer = function.backward(cotangent)
+    answer = numbers.backward(function, cotangent)
     gradients = answer if isinstance(answer, tuple) else (answer,)
     if len(gradients) != len(function.inputs):
         raise GraphError(
@@ -185,6 +193,8 @@ def input_gradients(function: Function, cotangent: Array) -> list[Array | None]:
                 f"{function.name}.backward returned shape {gradient.shape} "
                 f"for input {i} of shape {function.inputs[i].shape}"
             )
+        if isinstance(function.inputs[i], Intermediate):  # a leaf's is converted where it is kept
+            wanted[i] = numbers.rounded(gradient, function.inputs[i].dtype)
     return wanted
 
 
@@ -242,6 +252,4 @@ def _add_to_buffer(leaf: Leaf, buffer: Array, gradient: Array) -> None:
 
 def _as_array(gradient: Array, dtype: Any) -> Array:
     """``gradient`` as an array in the leaf's dtype; complex stays complex, for a real leaf too."""
-    xp = xp_of(gradient)
-    keep = gradient.dtype == dtype or gradient.dtype.kind == "c"
-    return xp.asarray(gradient) if keep else xp.asarray(gradient, dtype=dtype)
+    return xp_of(gradient).asarray(numbers.rounded(gradient, dtype))

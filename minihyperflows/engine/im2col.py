@@ -124,12 +124,13 @@ class Im2col:
 
     def filters(self, weight: Array) -> Array:
         """W as matrices, (groups, C_out / groups, kH kW C_in / groups)."""
-        return weight.reshape(self.groups, len(weight) // self.groups, -1)
+        depth = math.prod(self.weight_shape[1:])
+        return weight.reshape(self.groups, len(weight) // self.groups, depth)
 
     def rows(self, c: Array) -> Array:
         """c of some images as matrices, (groups, n H' W', C_out / groups)."""
         size = c.shape[0] * c.shape[1] * c.shape[2]
-        return c.reshape(size, self.groups, -1).swapaxes(0, 1)
+        return c.reshape(size, self.groups, c.shape[3] // self.groups).swapaxes(0, 1)
 
     def product(self, a: Array, b: Array, out: Array) -> None:
         """The products a b of the groups, side by side in the last axis of ``out``."""

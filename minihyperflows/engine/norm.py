@@ -12,9 +12,10 @@ from minihyperflows.engine.gpu import norm as gpu_norm
 from minihyperflows.engine.gpu.scratch import as_kernels_take, is_float32
 from minihyperflows.engine.graph import Function, is_recording
 from minihyperflows.engine.memory import empty
-from minihyperflows.engine.ops import ReLU, rectify
+from minihyperflows.engine.numbers import Arithmetic, computing_dtype, converted, float_dtype
+from minihyperflows.engine.ops import ReLU, rectify, unbroadcast
 from minihyperflows.engine.tensor import Tensor, apply
-from minihyperflows.engine.threads import for_blocks, rows_per_block
+from minihyperflows.engine.threads import add, for_blocks, rows_per_block
 
 
 def batch_norm(
@@ -67,6 +68,7 @@ def batch_norm(
         raise ShapeError(
             f"batch_norm: residual of shape {residual.shape} for an input of shape {x.shape}"
         )
+    merged = () if residual is None else (residual,)
     scale_or_1: Any = 1.0 if scale is None else scale  # constants, so they get no gradient
     shift_or_0: Any = 0.0 if shift is None else shift
     if not training:
@@ -75,11 +77,11 @@ def batch_norm(
             arrays = [_data(a) for a in inputs]
             if gpu_norm.can_normalise(*arrays):
                 return Tensor(gpu_norm.evaluate(*[*arrays, eps, relu]))
-        y = normalise(x, scale_or_1, shift_or_0, running_mean, running_var, eps)
-        y = y if residual is None else y + residual
+        if running_mean is None or running_var is None:
+            raise ValueError("batch_norm: outside training it needs running_mean and running_var")
+        y = apply(Normalise(running_mean, running_var, eps), x, scale_or_1, shift_or_0, *merged)
         return apply(ReLU(), y) if relu else y
     running = RunningStatistics(running_mean, running_var, num_batches_tracked, momentum)
-    merged = () if residual is None else (residual,)
     return apply(BatchNorm(eps, relu, running), x, scale_or_1, shift_or_0, *merged)
 
 
@@ -134,6 +136,8 @@ class BatchNorm(Function):
 
     ``forward`` also updates the ``running`` statistics.
     """
+
+    arithmetic = Arithmetic.FLOAT
 
     def __init__(
         self, eps: float = 1e-5, relu: bool = False, running: RunningStatistics | None = None
@@ -294,9 +298,9 @@ def channel_sum(rows: Array) -> Array:
     numbers one after another loses up to M times the round-off of one addition; two stages lose
     2 sqrt(M) times. Batch norm needs that: an error in a channel's mean moves all its values.
     """
-    per_sum = math.isqrt(len(rows))
+    per_sum = max(1, math.isqrt(len(rows)))
     whole = per_sum * (len(rows) // per_sum)
-    blocks = rows[:whole].reshape(-1, per_sum * rows.shape[1])  # (M / per_sum, per_sum C)
+    blocks = rows[:whole].reshape(whole // per_sum, per_sum * rows.shape[1])
     partial = _column_sum(blocks).reshape(per_sum, rows.shape[1])
     return _column_sum(partial) + _column_sum(rows[whole:])
 
@@ -305,14 +309,40 @@ def _column_sum(rows: Array) -> Array:
     return xp_of(rows).ones(len(rows), dtype=rows.dtype) @ rows
 
 
-def normalise(
-    x: Tensor, scale: Any, shift: Any, mean: Array | None, var: Array | None, eps: float
-) -> Tensor:
-    """scale (x - mean) / sqrt(var + eps) + shift for given statistics, as one multiply-add of x."""
-    if mean is None or var is None:
-        raise ValueError("batch_norm: outside training it needs running_mean and running_var")
-    factor = scale * (var + eps) ** -0.5
-    return x * factor + (shift - mean * factor)
+class Normalise(Function):
+    """y = scale z + shift [+ r], z = (x - mean) / sqrt(var + eps), with given statistics.
+
+    x and r (..., C), all others (C,). With sums over all axes but the last,
+
+        dL/dx = scale / sqrt(var + eps) c,   dL/dscale = sum of c z,   dL/dshift = sum of c,
+
+    and dL/dr = c. The statistics do not choose the dtype of y, as they do not in training.
+    """
+
+    arithmetic = Arithmetic.FLOAT
+
+    def __init__(self, mean: Array, var: Array, eps: float = 1e-5) -> None:
+        self.mean, self.var, self.eps = mean, var, eps
+
+    def forward(self, x: Array, scale: Array, shift: Array, residual: Array | None = None) -> Array:
+        dtype = computing_dtype(float_dtype(x, scale, shift))
+        self.mean, var = converted((self.mean, self.var), dtype)
+        self.x, self.inverse_std = x, (var + self.eps) ** -0.5
+        self.factor = scale * self.inverse_std
+        y = x * self.factor + (shift - self.mean * self.factor)
+        return y if residual is None else add(y, residual)
+
+    def backward(self, c: Array) -> tuple[Array | None, ...]:
+        channels = c.shape[-1:]
+        dx = dscale = dshift = None
+        if self.needs[0]:
+            dx = c * self.factor
+        if self.needs[1]:
+            dscale = unbroadcast(c * (self.x - self.mean), channels) * self.inverse_std
+        if self.needs[2]:
+            dshift = unbroadcast(c, channels)
+        residual = c if any(self.needs[3:]) else None
+        return (dx, dscale, dshift, residual)[: len(self.needs)]
 
 
 def update_running(running: Array | None, batch: Array, momentum: float) -> None:

@@ -22,6 +22,7 @@ from minihyperflows.engine.gpu import loss as gpu_loss
 from minihyperflows.engine.gpu.launch import takes
 from minihyperflows.engine.graph import Function
 from minihyperflows.engine.memory import empty
+from minihyperflows.engine.numbers import Arithmetic, computing_dtype, number, rounded
 from minihyperflows.engine.threads import add, elementwise
 
 # -- helpers -------------------------------------------------------------------------------------
@@ -37,7 +38,9 @@ def unbroadcast(gradient: Array, shape: tuple[int, ...]) -> Array:
         return gradient
     added = gradient.ndim - len(shape)
     stretched = [i for i, n in enumerate(shape, start=added) if n == 1 and gradient.shape[i] != 1]
-    return gradient.sum(axis=(*range(added), *stretched), keepdims=True).reshape(shape)
+    axes = (*range(added), *stretched)
+    summed = gradient.sum(axis=axes, keepdims=True, dtype=computing_dtype(gradient.dtype))
+    return rounded(summed, gradient.dtype).reshape(shape)
 
 
 def one_tuple(values: Sequence[Any]) -> tuple[int, ...]:
@@ -100,6 +103,8 @@ class Elementwise(Function):
 class Add(Elementwise):
     """y = a + b;  dL/da = c,  dL/db = c."""
 
+    arithmetic = Arithmetic.WHOLE
+
     def combine(self, a: Array, b: Array) -> Array:
         return add(a, b) if self.shapes[0] == self.shapes[1] != () else a + b
 
@@ -112,6 +117,8 @@ class Add(Elementwise):
 
 class Subtract(Elementwise):
     """y = a - b;  dL/da = c,  dL/db = -c."""
+
+    arithmetic = Arithmetic.WHOLE
 
     def combine(self, a: Array, b: Array) -> Array:
         return a - b
@@ -126,6 +133,8 @@ class Subtract(Elementwise):
 class Multiply(Elementwise):
     """y = a b;  dL/da = b c,  dL/db = a c."""
 
+    arithmetic = Arithmetic.WHOLE
+
     def combine(self, a: Array, b: Array) -> Array:
         self.a, self.b = a, b
         return a * b
@@ -139,6 +148,8 @@ class Multiply(Elementwise):
 
 class Divide(Elementwise):
     """y = a / b;  dL/da = c / b,  dL/db = -c a / b^2."""
+
+    arithmetic = Arithmetic.FLOAT
 
     def combine(self, a: Array, b: Array) -> Array:
         self.a, self.b = a, b
@@ -157,6 +168,8 @@ class Divide(Elementwise):
 class Negate(Function):
     """y = -x;  dL/dx = -c."""
 
+    arithmetic = Arithmetic.WHOLE
+
     def forward(self, x: Array) -> Array:
         return -x
 
@@ -168,10 +181,12 @@ class Power(Function):
     """y = x^p for a constant number p;  dL/dx = p x^(p-1) c."""
 
     def __init__(self, exponent: float) -> None:
+        exponent = number(exponent)  # Python's, which does not change x's dtype
         if not isinstance(exponent, Real):
             raise TypeError(f"the exponent must be a real number, not {type(exponent).__name__}")
-        # A Python number, even if a NumPy scalar was given: those would change x's dtype.
         self.exponent: float = int(exponent) if isinstance(exponent, Integral) else float(exponent)
+        whole = isinstance(self.exponent, int) and self.exponent >= 0
+        self.arithmetic = Arithmetic.WHOLE if whole else Arithmetic.FLOAT
 
     def forward(self, x: Array) -> Array:
         self.x = x
@@ -186,6 +201,8 @@ class Power(Function):
 class Exp(Function):
     """y = e^x;  dL/dx = y c."""
 
+    arithmetic = Arithmetic.FLOAT
+
     def forward(self, x: Array) -> Array:
         self.y = xp_of(x).exp(x)
         return self.y
@@ -197,6 +214,8 @@ class Exp(Function):
 class Log(Function):
     """y = ln x;  dL/dx = c / x."""
 
+    arithmetic = Arithmetic.FLOAT
+
     def forward(self, x: Array) -> Array:
         self.x = x
         return xp_of(x).log(x)
@@ -207,6 +226,8 @@ class Log(Function):
 
 class Tanh(Function):
     """y = tanh x;  dL/dx = (1 - y^2) c."""
+
+    arithmetic = Arithmetic.FLOAT
 
     def forward(self, x: Array) -> Array:
         self.y = xp_of(x).tanh(x)
@@ -221,6 +242,8 @@ class Sigmoid(Function):
 
     Computed as (1 + tanh(x/2)) / 2, the same function, which cannot overflow.
     """
+
+    arithmetic = Arithmetic.FLOAT
 
     def forward(self, x: Array) -> Array:
         self.y = 0.5 * (1 + xp_of(x).tanh(0.5 * x))
@@ -244,6 +267,8 @@ class ReLU(Function):
 
     x > 0 where y > 0, so y is all that ``backward`` needs, and the next operation keeps it anyway.
     """
+
+    arithmetic = Arithmetic.NONE
 
     def forward(self, x: Array) -> Array:
         if takes(x):
@@ -289,6 +314,8 @@ class Reduction(Function):
 class Sum(Reduction):
     """y = sum of x over ``axis``;  dL/dx = c for every summand."""
 
+    arithmetic = Arithmetic.WHOLE
+
     def forward(self, x: Array) -> Array:
         self.shape = x.shape
         return x.sum(axis=self.axes(x.ndim), keepdims=self.keepdims)
@@ -300,17 +327,21 @@ class Sum(Reduction):
 class Mean(Reduction):
     """y = mean of x over ``axis``;  dL/dx = c / n for every one of the n summands."""
 
+    arithmetic = Arithmetic.FLOAT
+
     def forward(self, x: Array) -> Array:
         self.shape = x.shape
         return x.mean(axis=self.axes(x.ndim), keepdims=self.keepdims)
 
     def backward(self, c: Array) -> Array:
         n = math.prod(self.shape[a] for a in self.axes(len(self.shape)))
-        return xp_of(c).broadcast_to(self.with_axes(c) / n, self.shape)
+        return xp_of(c).broadcast_to(self.with_axes(c) / max(1, n), self.shape)
 
 
 class Max(Reduction):
     """y = max of x over ``axis``;  dL/dx = c at the maximum, shared equally where several tie."""
+
+    arithmetic = Arithmetic.NONE
 
     def forward(self, x: Array) -> Array:
         self.shape, axes = x.shape, self.axes(x.ndim)
@@ -318,7 +349,7 @@ class Max(Reduction):
             raise ShapeError(f"Max: shape {x.shape} has nothing to choose from over axes {axes}")
         y = x.real.max(axis=axes, keepdims=True)
         self.at_maximum = x.real == y
-        self.ties = self.at_maximum.sum(axis=axes, keepdims=True, dtype=y.dtype)
+        self.ties = self.at_maximum.sum(axis=axes, keepdims=True, dtype=computing_dtype(y.dtype))
         if x.dtype.kind == "c":  # ordered by the real part; the imaginary part is the ties' mean
             y = xp_of(x).where(self.at_maximum, x, 0).sum(axis=axes, keepdims=True) / self.ties
         return y if self.keepdims else y.squeeze(axes)
@@ -332,6 +363,8 @@ class Max(Reduction):
 
 class Reshape(Function):
     """y = x in another shape;  dL/dx = c in x's shape."""
+
+    arithmetic = Arithmetic.NONE
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.new_shape = shape
@@ -352,6 +385,8 @@ class Reshape(Function):
 class Transpose(Function):
     """y[i_p(0), i_p(1), ...] = x[i_0, i_1, ...];  dL/dx = c with the axes put back."""
 
+    arithmetic = Arithmetic.NONE
+
     def __init__(self, axes: tuple[int, ...] | None = None) -> None:
         self.axes = axes
 
@@ -369,6 +404,8 @@ class Transpose(Function):
 class GetItem(Function):
     """y = x[index];  dL/dx = c at the chosen places (added up if chosen twice), 0 elsewhere."""
 
+    arithmetic = Arithmetic.NONE
+
     def __init__(self, index: Any) -> None:
         self.index = index
 
@@ -385,6 +422,8 @@ class GetItem(Function):
 
 class Concatenate(Function):
     """y = the inputs one after another along ``axis``;  dL/dx_i = its part of c."""
+
+    arithmetic = Arithmetic.NONE
 
     def __init__(self, axis: int = 0) -> None:
         self.axis = axis
@@ -412,6 +451,8 @@ class Concatenate(Function):
 
 class MatMul(Function):
     """y = a b, matrices on the last two axes;  dL/da = c b^T,  dL/db = a^T c."""
+
+    arithmetic = Arithmetic.FLOAT
 
     def forward(self, a: Array, b: Array) -> Array:
         a_shape, b_shape = _shape(a), _shape(b)
@@ -442,6 +483,8 @@ class Linear(Function):
     dL/dx = c W,  dL/dW = c^T x,  dL/db = sum of c over everything but the last axis.
     """
 
+    arithmetic = Arithmetic.FLOAT
+
     def forward(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
         if len(_shape(weight)) != 2 or _shape(x)[-1:] != weight.shape[1:]:
             raise ShapeError(
@@ -462,8 +505,9 @@ class Linear(Function):
     def backward(self, c: Array) -> tuple[Array | None, ...]:
         if self.on_gpu:
             return self.backward_on_gpu(gpu_linear.cotangent_like(c, self.weight.dtype))
-        flat_c = c.reshape(-1, c.shape[-1])  # (N, out)
-        flat_x = self.x.reshape(-1, self.x.shape[-1])  # (N, in)
+        rows = math.prod(c.shape[:-1])
+        flat_c = c.reshape(rows, c.shape[-1])  # (N, out)
+        flat_x = self.x.reshape(rows, self.x.shape[-1])  # (N, in)
         gradients = (
             c @ self.weight if self.needs[0] else None,
             flat_c.T @ flat_x if self.needs[1] else None,
@@ -496,6 +540,8 @@ def log_softmax(x: Array, axis: int = -1) -> Array:
 class Softmax(Function):
     """p = e^x / sum(e^x) over ``axis``;  dL/dx = p (c - sum(p c))."""
 
+    arithmetic = Arithmetic.FLOAT
+
     def __init__(self, axis: int = -1) -> None:
         self.axis = axis
 
@@ -509,6 +555,8 @@ class Softmax(Function):
 
 class LogSoftmax(Function):
     """y = x - ln sum(e^x) over ``axis``;  dL/dx = c - softmax(x) sum(c)."""
+
+    arithmetic = Arithmetic.FLOAT
 
     def __init__(self, axis: int = -1) -> None:
         self.axis = axis
@@ -530,6 +578,7 @@ class CrossEntropy(Function):
     The kernels of a GPU do not tell whether all labels lie in [0, K): the loss is NaN if not.
     """
 
+    arithmetic = Arithmetic.FLOAT
     normalisers: Array | None = None  # there if the kernels compute
 
     def __init__(self, labels: Array, label_smoothing: float = 0.0) -> None:

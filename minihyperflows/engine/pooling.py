@@ -13,6 +13,7 @@ from minihyperflows.engine.gpu import pooling as gpu_pooling
 from minihyperflows.engine.gpu.scratch import as_kernels_take
 from minihyperflows.engine.graph import Function
 from minihyperflows.engine.memory import empty
+from minihyperflows.engine.numbers import Arithmetic
 from minihyperflows.engine.threads import for_blocks, rows_per_block
 from minihyperflows.engine.windows import Pair, pair, shifted, window_positions
 
@@ -50,6 +51,8 @@ class MaxPool2d(Pool2d):
     "First" is row by row, as in PyTorch. Complex numbers are compared by their real parts. A window
     with a NaN gives NaN.
     """
+
+    arithmetic = Arithmetic.NONE
 
     def forward(self, x: Array) -> Array:
         self.check(x.shape)
@@ -92,6 +95,8 @@ class MaxPool2d(Pool2d):
 
 class AvgPool2d(Pool2d):
     """y = the mean of each window's kH kW numbers;  dL/dx = c / (kH kW) for each of them."""
+
+    arithmetic = Arithmetic.FLOAT
 
     def forward(self, x: Array) -> Array:
         self.check(x.shape)

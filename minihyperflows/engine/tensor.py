@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from minihyperflows.engine import ops
+from minihyperflows.engine import numbers, ops
 from minihyperflows.engine.backend import Array, device_of, to_device, to_numpy, xp_of
 from minihyperflows.engine.errors import DeviceError, GraphError, NonFiniteLossError, ShapeError
 from minihyperflows.engine.graph import Function, Intermediate, backpropagate, is_recording
@@ -229,7 +229,8 @@ def apply(function: Function, *inputs: Any) -> Tensor:
 
     Args:
         function: a new instance of a :class:`Function`; an instance records one application.
-        inputs: tensors, or arrays and numbers, which count as constants.
+        inputs: tensors, or arrays and numbers, which count as constants. Those of different
+            dtypes are converted by the rule of :mod:`minihyperflows.engine.numbers`.
 
     Raises:
         DeviceError: the inputs lie on different devices.
@@ -245,7 +246,7 @@ def apply(function: Function, *inputs: Any) -> Tensor:
     needs = tuple(isinstance(x, Tensor) and x.requires_grad for x in inputs)
     recorded = is_recording() and any(needs)
     function.needs = needs if recorded else (False,) * len(needs)
-    output = Tensor(function.forward(*arrays))
+    output = Tensor(numbers.forward(function, arrays))
     if recorded:
         function.inputs = tuple(_without_values(x) for x in inputs)
         function.output_shape = output.shape
@@ -256,11 +257,12 @@ def apply(function: Function, *inputs: Any) -> Tensor:
 def _without_values(x: Any) -> Any:
     """What the graph keeps of an input: leaves and constants as they are."""
     made = isinstance(x, Tensor) and x.creator is not None
-    return Intermediate(x.creator, x.shape) if made else x
+    return Intermediate(x.creator, x.shape, x.dtype) if made else x
 
 
 def _constant(value: Any) -> Any:
-    """A Python number as it is, so that it adapts to the other operand's dtype; else an array."""
+    """A number as Python's, so that it adapts to the other operand's dtype; else an array."""
+    value = numbers.number(value)
     return value if isinstance(value, bool | int | float | complex) else _numbers(value)
 
 

@@ -119,10 +119,11 @@ def for_blocks(
 def sum_over_parts(work: Callable[[slice], Array], length: int, step: int) -> Array:
     """The sum of ``work(slice)`` over parts of ``step`` items, one after another.
 
-    For what needs a large scratch array for each item and uses all threads inside.
+    For what needs a large scratch array for each item and uses all threads inside. Of no items the
+    sum is that of one empty part.
     """
     total = None
-    for start in range(0, length, step):
+    for start in range(0, max(1, length), step):
         part = work(slice(start, min(start + step, length)))
         total = part if total is None else add(total, part, out=total)
     return total

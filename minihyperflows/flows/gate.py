@@ -12,6 +12,7 @@ import numpy as np
 from minihyperflows.engine.backend import Array, xp_of
 from minihyperflows.engine.graph import Function
 from minihyperflows.engine.memory import empty
+from minihyperflows.engine.numbers import Arithmetic
 from minihyperflows.engine.tensor import Tensor, apply
 from minihyperflows.engine.threads import elementwise
 from minihyperflows.nn import Module, Parameter, Weighted, weight_groups, weighted_layers
@@ -33,6 +34,8 @@ def is_present(t: Array) -> Array:
 class Gate(Function):
     """m = 1 where t >= 0, else 0;  declared dL/dt = kappa c, everywhere."""
 
+    arithmetic = Arithmetic.FLOAT
+
     def forward(self, t: Array) -> Array:
         return is_present(t).astype(t.dtype)
 
@@ -47,6 +50,8 @@ class GatedWeight(Function):
     with respect to the weight *in use*, which exists for a removed weight too. That number,
     kappa w dL/dw', is the flux.
     """
+
+    arithmetic = Arithmetic.FLOAT
 
     def forward(self, weight: Array, t: Array) -> Array:
         xp = xp_of(t)

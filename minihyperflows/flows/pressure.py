@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from minihyperflows.engine.backend import Array, xp_of
 from minihyperflows.engine.graph import Function
+from minihyperflows.engine.numbers import Arithmetic
 from minihyperflows.engine.tensor import Tensor, apply
 from minihyperflows.flows.gate import presences
 from minihyperflows.nn import Module
@@ -15,6 +16,8 @@ class MeanPresence(Function):
     With a floor b only t > b count, in the sum and in the gradient (N stays the number of all):
     the pressure lets go of weights that it has pushed down to b.
     """
+
+    arithmetic = Arithmetic.FLOAT
 
     def __init__(self, floor: float | None = None) -> None:
         self.floor = floor

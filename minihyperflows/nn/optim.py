@@ -2,6 +2,9 @@
 
 Each rule is written twice. The plain function is the formula; the class runs the same arithmetic
 in place, block by block (``engine.threads``). A test holds the two equal.
+
+Parameters in half precision are stepped in float32, and so is what is kept of them between steps:
+float16 ends at 6e-8, below which Adam's eps and most squares of gradients would be zero.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import numpy as np
 
 from minihyperflows.engine.backend import Array, to_device, to_numpy, xp_of
 from minihyperflows.engine.errors import ShapeError
+from minihyperflows.engine.numbers import computing_dtype
 from minihyperflows.engine.threads import elementwise
 from minihyperflows.nn.module import Parameter
 
@@ -115,16 +119,21 @@ class Optimizer:
         """Update ``p.data`` and ``state`` block by block."""
         xp = xp_of(p.data)
         p.data = xp.asarray(p.data, order="C")  # a no-op but for odd user arrays
+        dtype = computing_dtype(p.dtype)
         for name in self.slots:
             if name not in state:
-                state[name] = xp.zeros(p.shape, dtype=p.dtype)
+                state[name] = xp.zeros(p.shape, dtype=dtype)
             state[name] = to_device(state[name], p.device)  # it follows its parameter
         arrays = [p.data, p.grad, *(state[name] for name in self.slots)]
         flat = [a.reshape(-1) for a in arrays]  # views, except a gradient in another order
 
         def work(theta: Array, gradient: Array, *slots: Array) -> None:
-            scratch = xp.empty((2, theta.size), dtype=theta.dtype)
-            self._update_block(theta, gradient, list(slots), step, scratch)
+            scratch = xp.empty((2, theta.size), dtype=dtype)
+            wide = theta.astype(dtype, copy=False)
+            gradient = gradient.astype(computing_dtype(gradient.dtype), copy=False)
+            self._update_block(wide, gradient, list(slots), step, scratch)
+            if wide is not theta:
+                theta[...] = wide
 
         elementwise(work, *flat)
         if step % FLUSH_EVERY == 0:
@@ -162,7 +171,7 @@ class Optimizer:
             self.steps[i] = int(state[f"{i}.step"])
             kept = {name: state[f"{i}.{name}"] for name in self.slots if f"{i}.{name}" in state}
             self.state[i] = {
-                name: to_device(np.array(array, dtype=p.dtype), p.device)
+                name: to_device(np.array(array, dtype=computing_dtype(p.dtype)), p.device)
                 for name, array in kept.items()
             }
 

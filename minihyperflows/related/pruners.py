@@ -31,6 +31,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from minihyperflows.engine.graph import Function
+from minihyperflows.engine.numbers import Arithmetic
 from minihyperflows.engine.tensor import Tensor, apply
 from minihyperflows.nn import Module, Parameter, counting, weight_groups, weighted_layers
 from minihyperflows.nn.optim import Optimizer
@@ -44,6 +45,8 @@ class MaskedWeight(Function):
     dL/dw' exists for a removed weight too: it says what the weight would do if it came back. The
     mask keeps it.
     """
+
+    arithmetic = Arithmetic.FLOAT
 
     def __init__(self, mask: Mask) -> None:
         self.mask = mask
