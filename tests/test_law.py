@@ -224,6 +224,13 @@ def test_lack_of_fit_is_one_for_the_right_form_and_large_for_a_wrong_one():
             "every pressure has one run only",
         ),
         (
+            lambda: lack_of_fit(
+                fit_form("power law", np.tile(OCTAVES, 3), np.tile(1 / OCTAVES, 3)),
+                *(np.tile(OCTAVES, 3), np.tile(1 / OCTAVES, 3)),
+            ),
+            "runs at the same pressure are equal",
+        ),
+        (
             lambda: lack_of_fit(fit_form("power law", OCTAVES, OCTAVES), OCTAVES[:8], OCTAVES[:8]),
             "the fit has 16 points, but 8 were given",
         ),

@@ -46,6 +46,11 @@ class PowerLaw:
 def fit_power_law(gamma: Any, density: Any) -> PowerLaw:
     """Least squares of ln density against ln gamma.
 
+    The interval of alpha takes the points for independent. Runs at one gamma are not where they
+    share something that another gamma does not have, such as a bend of the true curve there: each
+    run then counts as new evidence although it repeats the same deviation, and the interval is too
+    narrow. Fit the means over the runs at each gamma where that is to be feared.
+
     Args:
         gamma: pressures, all positive, not all equal.
         density: the densities they lead to, all positive (in any unit; c has the same).
@@ -361,7 +366,8 @@ def lack_of_fit(fit: Fit, gamma: Any, density: Any) -> LackOfFit:
     """Compare what ``fit`` does not explain with the scatter between runs at the same gamma.
 
     Raises:
-        ValueError: no pressure has two runs, or they are not the points that were fitted.
+        ValueError: no pressure has two runs, or all runs at a pressure are equal; or they are not
+            the points that were fitted.
     """
     x, y = _logarithms(gamma, density)
     if x.shape != fit.residuals.shape:
@@ -369,6 +375,8 @@ def lack_of_fit(fit: Fit, gamma: Any, density: Any) -> LackOfFit:
     pressures, group = np.unique(x, return_inverse=True)
     if pressures.size == x.size:
         raise ValueError("every pressure has one run only: there is no scatter to compare with")
+    if all(np.ptp(y[group == g]) == 0 for g in range(pressures.size)):
+        raise ValueError("runs at the same pressure are equal: there is no scatter to compare with")
     means = np.bincount(group, y) / np.bincount(group)
     scatter = float(((y - means[group]) ** 2).sum())
     misses = float(fit.residuals @ fit.residuals) - scatter
