@@ -10,12 +10,14 @@ import pytest
 from minihyperflows import flows, models, nn, no_grad
 from minihyperflows import functional as F
 from minihyperflows.engine.tensor import Tensor
+from minihyperflows.related import dhp
 from minihyperflows.related.channels import (
     ChannelGroup,
     channel_groups,
     group_of_inputs,
     group_of_outputs,
 )
+from minihyperflows.related.cutting import cut
 
 IMAGE = (32, 32, 3)
 
@@ -153,8 +155,8 @@ class Strange(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
-        if self.kind == "softmax":
-            x = F.softmax(x)
+        if self.kind == "shuffled":
+            x = x[..., ::-1]
         if self.kind == "parameter":
             x = x * self.scale
         if self.kind == "mean":
@@ -167,7 +169,7 @@ class Strange(nn.Module):
     ("kind", "message"),
     [
         ("groups", "2 groups"),
-        ("softmax", "Softmax"),
+        ("shuffled", "GetItem"),
         ("parameter", "scale"),
         ("mean", "Mean"),
     ],
@@ -195,3 +197,158 @@ def test_the_axis_of_channels_is_known_by_its_place(axis: Any, rng: np.random.Ge
     assert set(channel_groups(Averaged((1, 2), rng), (4, 4, 4))) == {"input", "conv"}
     with pytest.raises(ValueError, match="Mean: it reduces the axis of channels"):
         channel_groups(Averaged(axis, rng), (4, 4, 4))
+
+
+class Between(nn.Module):
+    """Two convolutions, and something between them; ``first`` has another name if it is given."""
+
+    def __init__(self, between: Any, rng: np.random.Generator, first: str = "first") -> None:
+        self.between, self.name = between, first
+        setattr(self, first, nn.Conv2d(2, 4, 1, rng=rng))
+        self.single = nn.Conv2d(2, 1, 1, rng=rng)
+        self.last = nn.Conv2d(4, 3, 1, rng=rng)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.between(self, getattr(self, self.name)(x), x))
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda net, y, x: y * np.arange(4, dtype=np.float32),
+        lambda net, y, x: y + Tensor(np.ones((3, 3, 4), np.float32)),
+        lambda net, y, x: np.ones((1, 4), np.float32) - y,
+        lambda net, y, x: F.softmax(y),
+        lambda net, y, x: F.log_softmax(y, axis=3),
+        lambda net, y, x: F.batch_norm(y, running_mean=np.zeros(4), running_var=np.ones(4)),
+    ],
+)
+def test_channels_with_an_entry_of_something_else_stay(
+    between: Any, rng: np.random.Generator
+) -> None:
+    net = Between(between, rng)
+    groups = channel_groups(net, (3, 3, 2))
+    assert not groups["first"].removable
+    with pytest.raises(ValueError, match="first: its channels cannot be removed"):
+        cut(net, groups, {"first": np.array([True, True, False, True])})
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda net, y, x: y * np.float32(3) + np.ones((3, 3, 1), np.float32),
+        lambda net, y, x: Tensor(np.ones(1, np.float32)) - y,
+        lambda net, y, x: F.softmax(y, axis=1),
+    ],
+)
+def test_what_treats_all_channels_alike_leaves_them_removable(
+    between: Any, rng: np.random.Generator
+) -> None:
+    group = channel_groups(Between(between, rng), (3, 3, 2))["first"]
+    assert group.removable
+    assert not group.stretched
+
+
+def test_a_map_of_one_channel_is_stretched(rng: np.random.Generator) -> None:
+    for between in (lambda net, y, x: y * net.single(x), lambda net, y, x: net.single(x) + y):
+        groups = channel_groups(Between(between, rng), (3, 3, 2))
+        assert [n for n, group in groups.items() if group.stretched] == ["first"]
+
+
+def test_a_network_may_end_in_log_softmax(rng: np.random.Generator) -> None:
+    net = nn.Sequential(nn.Linear(5, 4, rng=rng), nn.ReLU(), nn.Linear(4, 3, rng=rng))
+    plain = channel_groups(net, (5,))
+    for end in (F.log_softmax, F.softmax):
+        assert channel_groups(Ending(net, end), (5,)) == {
+            n.replace("0", "net.0").replace("2", "net.2"): renamed(g) for n, g in plain.items()
+        }
+
+
+class Ending(nn.Module):
+    def __init__(self, net: nn.Module, end: Any) -> None:
+        self.net, self.end = net, end
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.net(x))
+
+
+def renamed(group: ChannelGroup) -> ChannelGroup:
+    """With the names of the network inside another."""
+    return ChannelGroup(
+        name=group.name if group.name == "input" else f"net.{group.name}",
+        size=group.size,
+        outputs=tuple(f"net.{n}" for n in group.outputs),
+        inputs={f"net.{n}": k for n, k in group.inputs.items()},
+        removable=group.removable,
+    )
+
+
+def test_the_images_keep_their_name_apart(rng: np.random.Generator) -> None:
+    """From a layer called "input", and from further constants that layers read."""
+    groups = channel_groups(Between(lambda net, y, x: y, rng, first="input"), (3, 3, 2))
+    assert {n: g.size for n, g in groups.items()} == {"input 2": 2, "input": 4, "last": 3}
+    assert groups["input"].removable
+    seen = Between(lambda net, y, x: y * net.single(x * 2.0), rng)
+    groups = channel_groups(seen, (3, 3, 2))
+    assert {n: g.size for n, g in groups.items() if not g.outputs} == {"input": 2, "input 2": 2}
+    assert groups["input"].inputs == {"first": 1}
+    costs = dhp.layer_costs(seen, (3, 3, 2), groups)
+    assert {c.layer: c.inputs for c in costs}["single"] == "input 2"
+
+
+class Computed(nn.Module):
+    """Two linear layers, the first with a weight that is computed from its own by ``compute``."""
+
+    def __init__(self, compute: Any, rng: np.random.Generator) -> None:
+        self.compute, self.fc = compute, nn.Linear(6, 6, rng=rng)
+        self.after = nn.Linear(6, 6, rng=rng)
+        self.last = nn.Linear(6, 3, rng=rng)
+        self.t = nn.Parameter(rng.standard_normal((6, 6)).astype(np.float32), role="presence")
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.linear(self.after(x), self.compute(self, self.fc.weight), self.fc.bias)
+        return self.last(F.relu(hidden))
+
+
+COMPUTED = {
+    "half": lambda net, w: 0.5 * w,
+    "gated": lambda net, w: flows.gate(net.t) * w,
+    "masked": lambda net, w: w * np.tril(np.ones((6, 6), np.float32)),
+    "normed": lambda net, w: w / (w * w).sum(axis=1, keepdims=True) ** 0.5,
+    "transposed": lambda net, w: w.T,
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_rows_and_columns_of_computed_weights_go_if_they_can(
+    name: str, rng: np.random.Generator
+) -> None:
+    """Of half a weight half of a row; of one with a partner, or mixed, nothing."""
+    net = Computed(COMPUTED[name], rng)
+    groups = channel_groups(net, (6,))
+    free = name == "half"
+    assert {n for n, g in groups.items() if g.removable} == ({"fc", "after"} if free else set())
+    assert set(group_of_outputs(groups)) == set(group_of_inputs(groups)) == {"fc", "after", "last"}
+    if free:
+        cut(net, groups, {n: np.arange(6) < 4 for n in ("fc", "after")})
+        assert net(rng.standard_normal((2, 6)).astype(np.float32)).shape == (2, 3)
+
+
+def test_layers_that_share_a_weight_are_of_one_group(rng: np.random.Generator) -> None:
+    net = nn.Sequential(*(nn.Linear(6, n, rng=rng) for n in (6, 6, 3)))
+    net[1].weight = net[0].weight  # type: ignore[attr-defined]
+    group = channel_groups(net, (6,))["0"]
+    assert (group.outputs, group.tied) == (("0", "1"), ("1",))
+    assert set(group.inputs) == {"0", "1", "2"}
+    assert not group.removable  # it reads the images
+
+
+@pytest.mark.parametrize("gates", ["flows", "hypernetworks"])
+def test_weights_of_gates_are_the_layers(gates: str, rng: np.random.Generator) -> None:
+    net = models.resnet(20, rng=rng)
+    before = channel_groups(net, IMAGE)
+    if gates == "flows":
+        flows.attach(net, rng=rng)
+    else:
+        dhp.HyperNetwork(net, IMAGE, rng=rng)
+    assert channel_groups(net, IMAGE) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -145,3 +146,25 @@ def test_initial_biases_are_scaled_with_the_weights() -> None:
     for parameter in (net.fc2.weight, net.fc2.bias):
         assert parameter is not None
         assert abs(parameter.data).max() == pytest.approx(75**-0.5, rel=0.05)
+
+
+def test_what_layers_share_is_cut_once(rng: np.random.Generator) -> None:
+    """A weight, its scale for the new fan-in, and a bias."""
+    options: dict[str, Any] = {"rng": rng, "dtype": np.float64}
+    layers = [nn.Linear(n, m, **options) for n, m in ((5, 6), (6, 6), (6, 6), (6, 3))]
+    net = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), *layers[2:])
+    layers[2].weight, layers[2].bias = layers[1].weight, layers[1].bias
+    before = layers[1].weight.data.copy()
+    keep = np.array([True, False, True, True, False, True])
+    silenced = copy.deepcopy(net)
+    groups = channel_groups(net, (5,))
+    assert groups["0"].outputs == ("0", "2", "4")
+    cut(net, groups, {"0": keep})
+    assert layers[2].weight is layers[1].weight
+    np.testing.assert_array_equal(layers[1].weight.data, before[keep][:, keep])
+    silence(silenced, groups, {"0": keep})
+    x = rng.standard_normal((3, 5))
+    np.testing.assert_allclose(net(x).data, silenced(x).data, rtol=1e-12)
+    before = layers[1].weight.data.copy()
+    set_widths(net, (5,), {"0": 1})
+    np.testing.assert_allclose(layers[1].weight.data, before[:1, :1] * 2, rtol=1e-12)

@@ -144,6 +144,28 @@ def test_reestimation_puts_modes_and_momenta_back(rng: np.random.Generator) -> N
     assert settings() == before
 
 
+def test_a_norm_that_is_used_twice_has_the_mean_over_both_uses(rng: np.random.Generator) -> None:
+    net = Twice(rng)
+    x = [rng.standard_normal((4, 3, 3, 2)) for _ in range(2)]
+    reestimate_norms(net, [Tensor(a) for a in x])
+    parts = [a * scale for a in x for scale in (1, 10)]
+    means = np.mean([part.mean(axis=(0, 1, 2)) for part in parts], axis=0)
+    variances = np.mean([part.var(axis=(0, 1, 2), ddof=1) for part in parts], axis=0)
+    np.testing.assert_allclose(net.norm.running_mean.data, means, rtol=1e-12)
+    np.testing.assert_allclose(net.norm.running_var.data, variances, rtol=1e-12)
+    assert net.norm.num_batches_tracked.item() == 4
+
+
+class Twice(nn.Module):
+    """One norm for x and for 10 x."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.norm = nn.BatchNorm2d(2, dtype=np.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x) + self.norm(x * 10)
+
+
 # -- PyTorch ---------------------------------------------------------------------------------------
 
 

@@ -357,3 +357,29 @@ def macs_of(net: nn.Module) -> int:
         layers[n].weight[0].size * count // (2 * layers[n].weight[0].size - 1)
         for n, count in flops(net, IMAGE).items()
     )
+
+
+def test_a_fraction_of_the_channels_is_the_one_that_was_meant(rng: np.random.Generator) -> None:
+    """0.28 of 25 are 7, though 0.28 * 25 is 7.000000000000001."""
+    net = nn.Sequential(nn.Linear(4, 25, rng=rng), nn.ReLU(), nn.Linear(25, 3, rng=rng))
+    network = HyperNetwork(net, (4,), minimum=1, classifier_keeps=0.28, rng=rng)
+    assert network.floors["0"] == 7
+
+
+def test_layers_that_share_a_weight_share_a_hypernetwork(rng: np.random.Generator) -> None:
+    options: dict[str, Any] = {"rng": rng, "dtype": np.float64}
+    layers = [nn.Linear(n, m, **options) for n, m in ((5, 6), (6, 6), (6, 6), (6, 3))]
+    layers[2].weight = layers[1].weight
+    net = nn.Sequential(*layers)
+    network = HyperNetwork(net, (5,), minimum=1, classifier_keeps=0, rng=rng)
+    assert list(network.layers) == ["0", "1"]
+    assert layers[2].weight_gate is layers[1].weight_gate is not None
+    network.latents["0"].data[:2] = 0
+    x = rng.standard_normal((3, 5))
+    plain, narrow = generated(network), extract(network)
+    np.testing.assert_allclose(plain(x).data, network(x).data, rtol=1e-12)
+    assert [p.shape for n, p in narrow.named_parameters().items() if "weight" in n] == [
+        *((4, 5), (4, 4), (3, 4))
+    ]
+    weights = layer_weights(network.net, network.groups)
+    assert macs(weights, network.sizes()) == 30 + 36 + 18

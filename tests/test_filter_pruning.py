@@ -13,9 +13,15 @@ from minihyperflows import flows, models, nn, optim
 from minihyperflows import functional as F
 from minihyperflows.engine.tensor import Tensor
 from minihyperflows.nn.counting import flops
-from minihyperflows.related.channels import channel_groups, group_of_inputs, group_of_outputs
+from minihyperflows.related.channels import (
+    ChannelGroup,
+    channel_groups,
+    group_of_inputs,
+    group_of_outputs,
+)
 from minihyperflows.related.filters import (
     channel_scores,
+    fewest,
     remove_filters,
     safeguard,
     widths,
@@ -421,6 +427,44 @@ def test_two_channels_stay_where_a_depthwise_layer_filters_them(rng: np.random.G
     assert widths(smaller) == least
 
 
+def test_the_safeguard_takes_the_fraction_that_was_meant() -> None:
+    """0.29 of 100 are 29, though 0.29 * 100 is 28.999999999999996."""
+    assert safeguard({"a": ChannelGroup("a", 100)}, 0.29) == {"a": 30}
+
+
+class Attention(nn.Module):
+    """Two convolutions with a map of one channel between them."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.first = nn.Conv2d(2, 4, 1, rng=rng, dtype=np.float64)
+        self.map = nn.Conv2d(4, 1, 1, rng=rng, dtype=np.float64)
+        self.last = nn.Conv2d(4, 5, 1, rng=rng, dtype=np.float64)
+        self.scores = nn.Linear(5, 3, rng=rng, dtype=np.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.scores(F.relu(self.last(x * F.sigmoid(self.map(x)))).mean(axis=(1, 2)))
+
+
+def test_two_channels_stay_where_a_map_is_stretched_over_them(rng: np.random.Generator) -> None:
+    """With one it could not be told from the map, and the groups would be others next round."""
+    net = Attention(rng)
+    groups = channel_groups(net, (3, 3, 2))
+    assert {n: fewest(groups[n]) for n in widths(groups)} == {"first": 2, "map": 1, "last": 1}
+
+    def score(net: nn.Module) -> dict[str, np.ndarray]:
+        layers = {n: m for n, m in net.named_modules() if isinstance(m, nn.Weighted)}
+        large = {"first": 0, "map": 9, "last": 5, "scores": 0}
+        return {f"{n}.weight": large[n] + rng.random(len(m.weight)) for n, m in layers.items()}
+
+    rounds = list(prune_filters(net, (3, 3, 2), 0.5, 3, lambda net: None, score))
+    for done in rounds:
+        left = widths(channel_groups(done.net, (3, 3, 2)))
+        assert left.keys() == widths(groups).keys()
+        assert sum(left.values()) == done.kept
+    assert left == {"first": 2, "map": 1, "last": 2}
+
+
 # -- the loop ------------------------------------------------------------------------------------
 
 
@@ -514,6 +558,25 @@ def test_some_layers_can_be_left_alone(rng: np.random.Generator) -> None:
 
 def idle(net: nn.Module) -> None:
     """Train nothing."""
+
+
+def test_weights_that_layers_share_go_once(rng: np.random.Generator) -> None:
+    layers = [nn.Linear(6, 6, rng=rng, dtype=np.float64) for _ in range(3)]
+    net = nn.Sequential(*layers)
+    layers[2].weight = layers[0].weight
+    x = rng.standard_normal((3, 6))
+
+    def score(net: nn.Module) -> dict[str, np.ndarray]:
+        return importance(net, x, np.zeros(3, int), "magnitude")
+
+    (done,) = prune_weights(net, 0.75, 1, lambda net: None, score)
+    assert (done.kept, done.total, set(done.keep)) == (18, 72, {"0", "1"})
+    before = net(x).data
+    finish(net)
+    np.testing.assert_allclose(net(x).data, before, rtol=1e-12)
+    assert sum(np.count_nonzero(layer.weight.data) for layer in layers[:2]) == 18
+    (done,) = prune_weights(net, 0.5, 1, lambda net: None, score, exclude=["2"])
+    assert set(done.keep) == {"1"}
 
 
 def test_so_many_weights_of_each_layer_stay(rng: np.random.Generator) -> None:

@@ -126,10 +126,19 @@ class Conv2d(Weighted):
 
 
 class BatchNorm2d(Module):
-    """Normalises each channel over the batch, then scales and shifts it; PyTorch's names."""
+    """Normalises each channel over the batch, then scales and shifts it; PyTorch's names.
+
+    ``momentum`` is the weight of a batch in the running statistics; with None they are the means
+    over all batches so far.
+    """
 
     def __init__(
-        self, channels: int, momentum: float = 0.1, eps: float = 1e-5, *, dtype: Any = np.float32
+        self,
+        channels: int,
+        momentum: float | None = 0.1,
+        eps: float = 1e-5,
+        *,
+        dtype: Any = np.float32,
     ) -> None:
         self.weight = Parameter(np.ones(channels, dtype))
         self.bias = Parameter(np.zeros(channels, dtype))
@@ -147,6 +156,9 @@ class BatchNorm2d(Module):
         return self._normalise(x, residual, relu=True)
 
     def _normalise(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        momentum = self.momentum
+        if momentum is None:
+            momentum = 1 / (int(self.num_batches_tracked.data) + 1)
         return F.batch_norm(
             x,
             self.weight,
@@ -154,7 +166,7 @@ class BatchNorm2d(Module):
             self.running_mean.data,
             self.running_var.data,
             self.training,
-            self.momentum,
+            momentum,
             self.eps,
             residual,
             relu,

@@ -12,8 +12,10 @@ convolution begins a new one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain, count
 from typing import Any, NamedTuple
 
 from minihyperflows.engine.conv import Conv2d
@@ -24,25 +26,27 @@ from minihyperflows.engine.ops import (
     Exp,
     Linear,
     Log,
+    LogSoftmax,
     Negate,
     Power,
     Reduction,
     ReLU,
     Reshape,
     Sigmoid,
+    Softmax,
     Tanh,
+    axes_of,
 )
 from minihyperflows.engine.pooling import Pool2d
 from minihyperflows.engine.tensor import Tensor
-from minihyperflows.nn.counting import trace, weight_behind
+from minihyperflows.nn.counting import Recording, functions_behind, trace
 from minihyperflows.nn.layers import BatchNorm2d, Weighted
-from minihyperflows.nn.module import Module, Parameter
+from minihyperflows.nn.module import Module
 
+# Operations that work on every number by itself
+POINTWISE = (Elementwise, Negate, Power, Exp, Log, Tanh, Sigmoid, ReLU)
 # Operations whose output has the channels of their inputs
-KEEPS_CHANNELS = (
-    *(Elementwise, Negate, Power, Exp, Log, Tanh, Sigmoid, ReLU),
-    *(Pool2d, BatchNorm, Reduction),
-)
+KEEPS_CHANNELS = (*POINTWISE, Pool2d, BatchNorm, Reduction, Softmax, LogSoftmax)
 INPUT = "input"  # the name of the group of the images' channels
 
 
@@ -53,7 +57,8 @@ class ChannelGroup:
     Layers are called by their dotted names in the network, in the order of definition.
 
     Attributes:
-        name: that of the first layer that makes the channels; "input" for the images' own.
+        name: that of the first layer that makes the channels. "input" for the images' own, with a
+            number if that is the name of something else: a layer, or another constant.
         size: C, the number of channels.
         outputs: layers whose outputs these are: axis 0 of their weights, and their biases.
         depthwise: those of ``outputs`` that only filter each channel; their weights (C, kH, kW, 1)
@@ -62,7 +67,12 @@ class ChannelGroup:
         inputs: layers that read them, the last axis of their weights, with the number of inputs
             for each channel: 1, or H W for a linear layer after an (H, W, C) map was flattened.
             The inputs k C + c belong to channel c.
-        removable: False for the channels of the images and for the outputs of the network.
+        removable: False for the channels of the images and for the outputs of the network; and
+            where something else has an entry for each of them: a constant that they are multiplied
+            by or added to, a softmax over them, a weight that is computed from another.
+        stretched: whether something with a single channel, such as an attention map, is broadcast
+            over them.
+        tied: those of ``outputs`` that share the weight of an earlier one.
     """
 
     name: str
@@ -72,6 +82,8 @@ class ChannelGroup:
     norms: tuple[str, ...] = ()
     inputs: Mapping[str, int] = field(default_factory=dict)
     removable: bool = True
+    stretched: bool = False
+    tied: tuple[str, ...] = ()
 
 
 def channel_groups(net: Module, input_shape: tuple[int, ...]) -> dict[str, ChannelGroup]:
@@ -91,13 +103,12 @@ def channel_groups(net: Module, input_shape: tuple[int, ...]) -> dict[str, Chann
             mixes channels in a way that is not known here, for example a convolution with groups
             that is not depthwise; or the call is inside ``no_grad``.
     """
-    tracer = Tracer()
-    operations = trace(net, input_shape)
-    if not operations:
+    recording = trace(net, input_shape)
+    if not recording.operations:
         raise ValueError("no channels to find: the network has no parameters")
-    for function in operations:
-        tracer.follow(function)
-    return collect(net, tracer, tracer.axes[operations[-1]])
+    tracer = Tracer(net, recording)
+    tracer.follow_all()
+    return collect(net, tracer)
 
 
 def sizes(groups: Mapping[str, ChannelGroup]) -> dict[str, int]:
@@ -132,31 +143,45 @@ class Tracer:
 
     Attributes:
         axes: the last axis of what each operation makes.
-        outputs, inputs: the axes of each weight, and the vectors (C,) of batch norms.
+        outputs, inputs: the axes of each weight, and the vectors (C,) of biases and batch norms.
         depthwise: weights of depthwise convolutions.
-        images: axes of what is neither a parameter nor computed.
+        constants: axes of what cutting does not change, by identity: the images, other arrays, and
+            parameters that are no layer's.
+        fixed: further axes whose channels must stay.
+        stretched: axes that something with one channel is broadcast over.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, net: Module, recording: Recording) -> None:
+        self.recording = recording
+        members = [m for _, m in net.named_modules() if isinstance(m, Weighted | BatchNorm2d)]
+        self._known = {p for m in members for p in (m.weight, m.bias) if p is not None}
+        norms = [m for m in members if isinstance(m, BatchNorm2d)]
+        self._of_norms: set[Any] = {p for m in norms for p in (m.weight, m.bias)}
         self.axes: dict[Function, Axis] = {}
         self.outputs: dict[Tensor, Axis] = {}
         self.inputs: dict[Tensor, Axis] = {}
         self.depthwise: set[Tensor] = set()
-        self.images: dict[Tensor, Axis] = {}
+        self.constants: dict[int, Axis] = {}
+        self.fixed: list[Axis] = []
+        self.stretched: list[Axis] = []
         self._parents: list[int] = []  # a forest; the root of a tree is the space's number
 
-    def follow(self, function: Function) -> None:
-        """Take in one operation; those before it come first."""
-        if isinstance(function, Conv2d):
-            self.axes[function] = self._convolution(function)
-        elif isinstance(function, Linear):
-            self._reads(weight_behind(function), self._axis(function.inputs[0]))
-            self.axes[function] = self._makes(weight_behind(function), function.inputs[2:])
-        elif isinstance(function, Reshape):
-            self.axes[function] = self._reshape(function)
-        elif isinstance(function, KEEPS_CHANNELS):
-            self.axes[function] = self._elementwise(function)
-        # anything else matters only if its result is used as an activation: see _axis
+    def follow_all(self) -> None:
+        """Take in the operations that compute activations, not those that compute weights."""
+        operations = self.recording.operations
+        needed = {operations[-1]}
+        for function in reversed(operations):
+            if function in needed:
+                read = [x for x in function.inputs if x is not weight_in_use(function)]
+                needed |= {x.creator for x in read if isinstance(x, Intermediate)}
+        for function in operations:
+            if function in needed:
+                self.axes[function] = self._follow(function)
+        self.fixed.append(self.axes[operations[-1]])
+
+    def spaces(self, axes: Iterable[Axis]) -> set[int]:
+        """The numbers of the spaces that ``axes`` have been joined to."""
+        return {self.space(axis) for axis in axes}
 
     def space(self, axis: Axis) -> int:
         """The number of the space that ``axis`` has been joined to."""
@@ -176,89 +201,146 @@ class Tracer:
         return Axis(self._parents[-1])
 
     def _axis(self, x: Any) -> Axis:
-        """The last axis of an input of an operation."""
+        """The last axis of an input of an operation; of a weight the axis of its outputs."""
         if isinstance(x, Intermediate):
-            if x.creator not in self.axes:
-                raise ValueError(f"{x.creator.name}: it is not known what it does to channels")
             return self.axes[x.creator]
-        return self._leaf(x, self.outputs if isinstance(x, Parameter) else self.images)
+        axes: dict[Any, Axis] = self.constants if self._is_constant(x) else self.outputs
+        key = id(x) if self._is_constant(x) else x
+        if key not in axes:
+            axes[key] = self._new()
+        return axes[key]
 
-    def _leaf(self, tensor: Tensor, axes: dict[Tensor, Axis]) -> Axis:
-        if tensor not in axes:
-            axes[tensor] = self._new()
-        return axes[tensor]
+    def _is_constant(self, x: Any) -> bool:
+        """Whether ``x`` is neither computed nor a parameter of a layer."""
+        return not (isinstance(x, Intermediate) or (isinstance(x, Tensor) and x in self._known))
 
-    def _reads(self, weight: Tensor, axis: Axis) -> None:
-        self.join(self.inputs.setdefault(weight, axis), axis, "a layer used twice")
+    def _follow(self, function: Function) -> Axis:
+        """The last axis of what ``function`` makes."""
+        if isinstance(function, Conv2d | Linear):
+            return self._weighted(function)
+        if isinstance(function, Reshape):
+            return self._reshape(function)
+        if isinstance(function, KEEPS_CHANNELS):
+            return self._same_channels(function)
+        raise ValueError(f"{function.name}: it is not known what it does to channels")
 
-    def _makes(self, weight: Tensor, biases: tuple[Any, ...]) -> Axis:
-        axis = self._leaf(weight, self.outputs)
-        for bias in biases:
-            self.join(self._axis(bias), axis, "a bias")
-        return axis
+    # -- convolutions and linear layers ----------------------------------------------------------
 
-    def _convolution(self, function: Conv2d) -> Axis:
-        weight, axis = weight_behind(function), self._axis(function.inputs[0])
-        if function.groups == 1:
-            self._reads(weight, axis)
-        elif weight.shape[0] == function.groups and weight.shape[-1] == 1:
-            self.join(self._leaf(weight, self.outputs), axis, "a depthwise convolution")
+    def _weighted(self, function: Function) -> Axis:
+        axis, weight = self._axis(function.inputs[0]), self.recording.weight_of(function)
+        made = self._axis(weight)
+        if self._in_place(function):
+            self._reads(function, weight, axis)
+        else:  # transposed, for example: rows are not what they are elsewhere
+            if weight not in self.inputs:
+                self.inputs[weight] = self.constants[id(weight)] = self._new()
+            self.fixed += [made, axis, self.inputs[weight]]
+            made = self.constants[id(function)] = self._new()
+        if self._has_partners(function, weight):
+            self.fixed += [made, axis]
+        for bias in function.inputs[2:]:
+            self.join(self._axis(bias), made, "a bias")
+        return made
+
+    def _in_place(self, function: Function) -> bool:
+        """Whether every entry of the weight in use was computed from that entry of the weight."""
+        return all(isinstance(f, POINTWISE) for f in functions_behind(weight_in_use(function)))
+
+    def _has_partners(self, function: Function, weight: Tensor) -> bool:
+        """Whether the weight was computed with other arrays, which would not lose their rows."""
+        others = [x for x in self.recording.leaves_of(function) if x is not weight]
+        return any(math.prod(_shape(x)) > 1 for x in others)
+
+    def _reads(self, function: Function, weight: Tensor, axis: Axis) -> None:
+        groups = getattr(function, "groups", 1)
+        if groups == 1:
+            self.join(self.inputs.setdefault(weight, axis), axis, "a layer used twice")
+        elif weight.shape[0] == groups and weight.shape[-1] == 1:
+            self.join(self._axis(weight), axis, "a depthwise convolution")
             self.depthwise.add(weight)
         else:
             raise ValueError(
-                f"a convolution of {function.groups} groups with a weight of shape {weight.shape} "
+                f"a convolution of {groups} groups with a weight of shape {weight.shape} "
                 "is neither an ordinary nor a depthwise one"
             )
-        return self._makes(weight, function.inputs[2:])
 
-    def _reshape(self, function: Reshape) -> Axis:
+    # -- everything else -------------------------------------------------------------------------
+
+    def _reshape(self, function: Function) -> Axis:
         before, after = function.inputs[0].shape, function.output_shape
         axis = self._axis(function.inputs[0])
         if after[-1] % before[-1]:
             raise ValueError(f"Reshape: from {before} to {after} channels do not stay together")
         return Axis(axis.space, axis.repeats * (after[-1] // before[-1]))
 
-    def _elementwise(self, function: Function) -> Axis:
+    def _same_channels(self, function: Function) -> Axis:
         """Joins the inputs that have the channels of the output; others are broadcast."""
-        channels = function.output_shape[-1:]
-        if isinstance(function, Reduction) and _reduces_channels(function):
+        if isinstance(function, Reduction) and _over_channels(function, function.axis):
             raise ValueError(f"{function.name}: it reduces the axis of channels")
-        whole = [x for x in function.inputs if isinstance(x, Tensor | Intermediate)]
-        axes = [self._axis(x) for x in whole if x.shape[-1:] == channels]
+        if all(self._is_constant(x) or self._is_of_norms(x) for x in function.inputs):
+            self._of_norms.add(function)  # the constants are statistics, which are cut as well
+        channels = function.output_shape[-1:]
+        whole = [x for x in function.inputs if _shape(x)[-1:] == channels]
+        if function in self._of_norms or channels == (1,):  # one entry is not one for each channel
+            whole = [x for x in whole if not self._is_constant(x)]
+        axes = [self._axis(x) for x in whole]
         for axis in axes[1:]:
             self.join(axis, axes[0], function.name)
+        single = [x for x in function.inputs if _shape(x)[-1:] == (1,) != channels]
+        if not all(self._is_constant(x) for x in single):
+            self.stretched.append(axes[0])
+        if isinstance(function, Softmax | LogSoftmax) and _over_channels(function, function.axis):
+            self.fixed.append(axes[0])
         return axes[0]
 
-
-def _reduces_channels(function: Reduction) -> bool:
-    """Whether the last axis is among those that it reduces; the lengths alone do not say, since
-    another axis may be as long."""
-    last = len(function.inputs[0].shape) - 1
-    return last in function.axes(last + 1)
+    def _is_of_norms(self, x: Any) -> bool:
+        """Whether ``x`` is the scale or shift of a batch norm, or computed from them alone."""
+        return (x.creator if isinstance(x, Intermediate) else x) in self._of_norms
 
 
-def collect(net: Module, tracer: Tracer, output: Axis) -> dict[str, ChannelGroup]:
+def weight_in_use(function: Function) -> Any:
+    """What a convolution or linear layer multiplies by; None for other operations."""
+    return function.inputs[1] if isinstance(function, Conv2d | Linear) else None
+
+
+def _shape(x: Any) -> tuple[int, ...]:
+    """Of a tensor, an array, or a number, which has none."""
+    return getattr(x, "shape", ())
+
+
+def _over_channels(function: Function, axis: int | tuple[int, ...] | None) -> bool:
+    """Whether the last axis is among those that ``function`` takes together; the lengths alone do
+    not say, since another axis may be as long."""
+    ndim = len(function.inputs[0].shape)
+    return ndim - 1 in axes_of(axis, ndim, function.name)
+
+
+# -- names ---------------------------------------------------------------------------------------
+
+
+def collect(net: Module, tracer: Tracer) -> dict[str, ChannelGroup]:
     """The groups from the axes that ``tracer`` has found, with the network's names."""
     modules = [(n, m) for n, m in net.named_modules() if isinstance(m, Weighted | BatchNorm2d)]
-    used = [(n, m) for n, m in modules if m.weight in tracer.outputs]
     known = {p for _, m in modules for p in (m.weight, m.bias)}
     if strange := [n for n, p in net.named_parameters().items() if p not in known]:
         raise ValueError(f"{', '.join(strange)}: not of a convolution, linear layer or batch norm")
-    fixed = {tracer.space(axis) for axis in (output, *tracer.images.values())}
-    spaces = [*(tracer.space(axis) for axis in tracer.images.values())]
-    spaces += [tracer.space(tracer.outputs[m.weight]) for _, m in used if isinstance(m, Weighted)]
-    groups = {}
-    for space in dict.fromkeys(spaces):  # in the order of definition, each once
-        makers = [(n, m) for n, m in used if tracer.space(tracer.outputs[m.weight]) == space]
+    used = [(n, m) for n, m in modules if m.weight in tracer.outputs]
+    made = {n: tracer.space(tracer.outputs[m.weight]) for n, m in used}
+    read = {n: tracer.space(tracer.inputs[m.weight]) for n, m in used if m.weight in tracer.inputs}
+    first = {m.weight: n for n, m in reversed(used)}
+    fixed = tracer.spaces([*tracer.fixed, *tracer.constants.values()])
+    stretched = tracer.spaces(tracer.stretched)
+    from_outside = [s for s in map(tracer.space, tracer.constants.values()) if s in read.values()]
+    from_layers = [made[n] for n, m in used if isinstance(m, Weighted)]
+    groups: dict[str, ChannelGroup] = {}
+    order = [s for s in from_outside if s not in from_layers] + from_layers
+    for space in dict.fromkeys(order):  # each once
+        makers = [(n, m) for n, m in used if made[n] == space]
         outputs = tuple(n for n, m in makers if isinstance(m, Weighted))
-        readers = {
-            n: tracer.inputs[m.weight].repeats
-            for n, m in used
-            if m.weight in tracer.inputs and tracer.space(tracer.inputs[m.weight]) == space
-        }
+        readers = {n: tracer.inputs[m.weight].repeats for n, m in used if read.get(n) == space}
         sizes = [m.weight.shape[0] for _, m in makers]
         sizes += [m.weight.shape[-1] // readers[n] for n, m in used if n in readers]
-        name = outputs[0] if outputs else INPUT
+        name = outputs[0] if outputs else _free_name([*groups, *dict(net.named_modules())])
         groups[name] = ChannelGroup(
             name=name,
             size=sizes[0],
@@ -267,5 +349,13 @@ def collect(net: Module, tracer: Tracer, output: Axis) -> dict[str, ChannelGroup
             norms=tuple(n for n, m in makers if isinstance(m, BatchNorm2d)),
             inputs=readers,
             removable=space not in fixed,
+            stretched=space in stretched,
+            tied=tuple(n for n, m in makers if isinstance(m, Weighted) and first[m.weight] != n),
         )
     return groups
+
+
+def _free_name(taken: Collection[str]) -> str:
+    """ "input", or that with the first number that makes it another name than those taken."""
+    numbered = (f"{INPUT} {i}" for i in count(2))
+    return next(name for name in chain([INPUT], numbered) if name not in taken)

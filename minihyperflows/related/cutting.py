@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from minihyperflows.engine.backend import to_device, to_numpy
-from minihyperflows.nn import Buffer, Conv2d, Module, Parameter, weighted_layers
+from minihyperflows.nn import Buffer, Module, Parameter, weighted_layers
 from minihyperflows.nn.init import fan_in
 from minihyperflows.related.channels import ChannelGroup, channel_groups
 
@@ -33,12 +33,11 @@ def cut(net: Module, groups: Mapping[str, ChannelGroup], keep: Mapping[str, np.n
     modules = dict(net.named_modules())
     for name, mask in checked(net, groups, keep).items():
         group = groups[name]
-        for layer in group.outputs:
-            _keep_outputs(modules[layer], mask)
-        for norm in group.norms:
-            _keep_entries(modules[norm], mask)
-        for layer, repeats in group.inputs.items():  # the inputs k C + c belong to channel c
-            weight = modules[layer].weight  # type: ignore[attr-defined]
+        for layer in group.depthwise:
+            modules[layer].groups = int(mask.sum())  # type: ignore[attr-defined]
+        for tensor in _tensors_made(modules, group):
+            _keep(tensor, mask, axis=0)
+        for weight, repeats in _weights_reading(modules, group):
             _keep(weight, np.tile(mask, repeats), axis=-1)
     net.zero_grad()
 
@@ -59,14 +58,15 @@ def set_widths(net: Module, input_shape: tuple[int, ...], widths: Mapping[str, i
         KeyError, ValueError: as :func:`cut`.
     """
     groups = channel_groups(net, input_shape)
-    layers = list(weighted_layers(net).values())
-    before = [fan_in(layer.weight.shape) for layer in layers]
+    fans = {layer: fan_in(layer.weight.shape) for layer in weighted_layers(net).values()}
     cut(net, groups, {name: np.arange(groups[name].size) < n for name, n in widths.items()})
-    for layer, fan in zip(layers, before, strict=True):
-        scale = (fan / fan_in(layer.weight.shape)) ** 0.5
-        layer.weight.data = layer.weight.data * scale
-        if layer.bias is not None:
-            layer.bias.data = layer.bias.data * scale
+    scales: dict[Parameter, float] = {}
+    for layer, fan in fans.items():
+        for parameter in (layer.weight, layer.bias):
+            if parameter is not None:  # one that layers share is scaled once
+                scales[parameter] = (fan / fan_in(layer.weight.shape)) ** 0.5
+    for parameter, scale in scales.items():
+        parameter.data = parameter.data * scale
 
 
 def checked(
@@ -91,23 +91,30 @@ def _check(group: ChannelGroup, mask: np.ndarray) -> None:
     if not mask.any():
         raise ValueError(f"{group.name} would have no channels left")
     if not (group.removable or mask.all()):
-        raise ValueError(f"{group.name}: channels of images and of outputs cannot be removed")
+        raise ValueError(
+            f"{group.name}: its channels cannot be removed: they are those of images or outputs, "
+            "or they meet something else with an entry for each of them, such as a constant"
+        )
+
+
+def _tensors_made(modules: Mapping[str, Any], group: ChannelGroup) -> list[Parameter | Buffer]:
+    """What has one row or entry for each channel, each once, however many layers share it."""
+    tensors: dict[Parameter | Buffer | None, None] = {}
+    for name in (*group.outputs, *group.norms):
+        tensors |= dict.fromkeys((modules[name].weight, modules[name].bias))
+    for name in group.norms:
+        tensors |= dict.fromkeys((modules[name].running_mean, modules[name].running_var))
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _weights_reading(
+    modules: Mapping[str, Any], group: ChannelGroup
+) -> list[tuple[Parameter, int]]:
+    """The weights whose last axis stands for the channels, each once, with the inputs for each: the
+    inputs k C + c belong to channel c."""
+    return list({modules[name].weight: n for name, n in group.inputs.items()}.items())
 
 
 def _keep(tensor: Parameter | Buffer, mask: np.ndarray, axis: int) -> None:
     kept = to_numpy(tensor.data).compress(mask, axis=axis)
     tensor.data = to_device(kept, tensor.device)
-
-
-def _keep_outputs(layer: Any, mask: np.ndarray) -> None:
-    """Remove rows of a weight, and entries of the bias; a depthwise layer loses groups too."""
-    if isinstance(layer, Conv2d) and layer.groups > 1:
-        layer.groups = int(mask.sum())
-    _keep(layer.weight, mask, axis=0)
-    if layer.bias is not None:
-        _keep(layer.bias, mask, axis=0)
-
-
-def _keep_entries(norm: Any, mask: np.ndarray) -> None:
-    for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
-        _keep(tensor, mask, axis=0)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from minihyperflows.engine.backend import to_device
+from minihyperflows.nn.counting import floor_of
 from minihyperflows.nn.module import Module
 from minihyperflows.related.channels import ChannelGroup, channel_groups
 from minihyperflows.related.cutting import checked, cut
@@ -72,7 +73,8 @@ def channel_scores(
     A channel goes with all the filters that make it, one in each layer of its group. Their mean
     puts a residual stream on the footing of a layer inside a block; their sum is the first-order
     cost of the whole removal, where scores add up. Depthwise filters inherit the score of the
-    channel that they filter, so they do not count (as in the code of Lubana & Dick 2021).
+    channel that they filter, so they do not count (as in the code of Lubana & Dick 2021). A filter
+    that layers share counts once.
 
     Args:
         scores: (C,) for each layer's weight, from ``importance(..., level="filter")``.
@@ -83,7 +85,8 @@ def channel_scores(
     found = {}
     for name, group in groups.items():
         if group.removable:
-            makers = [layer for layer in group.outputs if layer not in group.depthwise]
+            others = {*group.depthwise, *group.tied}
+            makers = [layer for layer in group.outputs if layer not in others]
             stacked = np.stack([scores[f"{layer}.weight"] for layer in makers])
             found[name] = COMBINATIONS[combine](stacked, axis=0)
     return found
@@ -108,15 +111,17 @@ def safeguard(groups: Mapping[str, ChannelGroup], fraction: float = 0.05) -> dic
     :func:`fewest`.
     """
     return {
-        name: max(int(fraction * size) + 1, fewest(groups[name]))
+        name: max(floor_of(fraction, size) + 1, fewest(groups[name]))
         for name, size in widths(groups).items()
     }
 
 
 def fewest(group: ChannelGroup) -> int:
-    """How many channels a group must keep: 1, or 2 where a depthwise convolution filters them.
+    """How many channels a group must keep: 1, or 2 where that one would be something else.
 
-    With one channel that would be an ordinary convolution, whose output is a group of its own, so
-    that in the next round the network would have other groups.
+    A depthwise convolution of one channel would be an ordinary one, whose output is a group of its
+    own. And a single channel cannot be told from the attention map, or what else has one channel,
+    that is broadcast over it: they would be one group. The network would have other groups in the
+    next round.
     """
-    return 2 if group.depthwise else 1
+    return 2 if group.depthwise or group.stretched else 1

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from minihyperflows.nn import Module, weighted_layers
-from minihyperflows.nn.counting import flops
+from minihyperflows.nn.counting import layer_uses
 from minihyperflows.related.channels import ChannelGroup, group_of_inputs, group_of_outputs, sizes
 
 
@@ -110,7 +111,9 @@ def layer_weights(net: Module, groups: Mapping[str, ChannelGroup]) -> list[Layer
     shifts behind them).
     """
     made = group_of_outputs(groups)
-    return _costs(net, groups, {name: 1 for name in weighted_layers(net) if name in made})
+    tied = {layer for group in groups.values() for layer in group.tied}
+    counted = [name for name in weighted_layers(net) if name in made and name not in tied]
+    return _costs(net, groups, dict.fromkeys(counted, 1))
 
 
 def output_pixels(net: Module, input_shape: tuple[int, ...]) -> dict[str, int]:
@@ -118,11 +121,9 @@ def output_pixels(net: Module, input_shape: tuple[int, ...]) -> dict[str, int]:
 
     In how many multiplications every weight of the layer takes part, in all its uses together.
     """
-    layers = weighted_layers(net)
-    pixels = {}
-    for name, operations in flops(net, input_shape).items():
-        channels, per_output = layers[name].weight.shape[0], layers[name].weight[0].size
-        pixels[name] = operations // (2 * per_output - 1) // channels
+    pixels: dict[str, int] = {}
+    for name, function in layer_uses(net, input_shape):
+        pixels[name] = pixels.get(name, 0) + math.prod(function.output_shape[:-1])
     return pixels
 
 

@@ -7,7 +7,6 @@ they are: the ``weight_gate`` of each puts a generated weight in the place of it
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from minihyperflows import functional as F
 from minihyperflows.engine.backend import to_numpy
 from minihyperflows.engine.tensor import Tensor
 from minihyperflows.nn import Linear, Module, Parameter, Weighted, weighted_layers
+from minihyperflows.nn.counting import ceil_of
 from minihyperflows.related.channels import (
     ChannelGroup,
     channel_groups,
@@ -56,10 +56,11 @@ class GeneratedWeight:
 class HyperNetwork(Module):
     """``net`` with weights that hypernetworks generate; calling it calls ``net``.
 
-    The linear layer that makes the network's outputs keeps its own weight; so do batch norms,
-    biases, and layers that the network does not use. ``parameters()`` and ``latents`` together are
-    all that is trained; the weights that are not used any more have a role of their own,
-    "replaced", and stay as they are.
+    The linear layer that makes the network's outputs keeps its own weight, as does any other whose
+    outputs cannot be removed; so do batch norms, biases, and layers that the network does not use.
+    Layers that share a weight share a hypernetwork, which has the name of the first.
+    ``parameters()`` and ``latents`` together are all that is trained; the weights that are not used
+    any more have a role of their own, "replaced", and stay as they are.
 
     A latent belongs to a group of channels and has its name. In place of the latent of what it
     reads, a depthwise convolution has one of its own with one entry, ``"<layer>.input"``.
@@ -120,14 +121,11 @@ class HyperNetwork(Module):
             for n, m in weighted.items()
             if n in made and not _makes_scores(m, self.groups[made[n]])
         }
+        gates: dict[Parameter, GeneratedWeight] = {}  # layers that share a weight share its gate
         for name, layer in generated.items():
-            shape = layer.weight.shape
-            options: dict[str, Any] = {"rng": rng, "dtype": layer.weight.dtype}
-            z_in, repeats = self._input_latent(name, layer, options)
-            z_out = self._latent(made[name], shape[0], options)
-            self.layers[name] = HyperLayer(shape, embedding, hyper_bias, **options)
-            layer.weight_gate = GeneratedWeight(self.layers[name], z_in, z_out, repeats)
-            layer.weight.role = REPLACED
+            if layer.weight not in gates:
+                gates[layer.weight] = self._gate(name, layer, embedding, hyper_bias, rng)
+            layer.weight_gate, layer.weight.role = gates[layer.weight], REPLACED
         ordinary = set(weighted) - set(generated)
         self.floors = {
             name: _floor(self.groups.get(name), latent.size, minimum, ordinary, classifier_keeps)
@@ -155,6 +153,16 @@ class HyperNetwork(Module):
         gate = weighted_layers(self.net)[layer].weight_gate
         assert isinstance(gate, GeneratedWeight)
         self.layers[layer] = gate.hypernetwork = hypernetwork
+
+    def _gate(
+        self, name: str, layer: Weighted, embedding: int, bias: bool, rng: np.random.Generator
+    ) -> GeneratedWeight:
+        """The gate of the layer ``name``, with a new hypernetwork and the latents of its groups."""
+        options: dict[str, Any] = {"rng": rng, "dtype": layer.weight.dtype}
+        z_in, repeats = self._input_latent(name, layer, options)
+        z_out = self._latent(group_of_outputs(self.groups)[name], layer.weight.shape[0], options)
+        self.layers[name] = HyperLayer(layer.weight.shape, embedding, bias, **options)
+        return GeneratedWeight(self.layers[name], z_in, z_out, repeats)
 
     def _latent(self, name: str, size: int, options: dict[str, Any]) -> Parameter:
         """The latent vector called ``name``, drawn if it is not there yet."""
@@ -229,7 +237,7 @@ def survivors(z: np.ndarray, threshold: float, floor: int) -> np.ndarray:
 
 
 def _makes_scores(layer: Weighted, group: ChannelGroup) -> bool:
-    """Whether this is a linear layer that makes the network's outputs, such as a classifier."""
+    """Whether this is a linear layer whose outputs must stay, such as a classifier."""
     return isinstance(layer, Linear) and not group.removable
 
 
@@ -239,5 +247,5 @@ def _floor(
     """The fewest entries that the latent of ``group`` (None: a layer's own) may be left with."""
     if group is None or not group.removable:
         return size
-    wanted = math.ceil(keeps * size) if ordinary & set(group.inputs) else 0
+    wanted = ceil_of(keeps, size) if ordinary & set(group.inputs) else 0
     return min(size, max(minimum, wanted))
