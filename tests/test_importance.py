@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,29 @@ def test_hessian_product_of_other_networks(name: str, rng: np.random.Generator) 
     products = u * landscape.hessian_product(v), v * landscape.hessian_product(u)
     assert products[0].sum() == pytest.approx(products[1].sum(), rel=1e-10)
     assert abs(products[0].sum()) > 0
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_networks_in_single_precision_have_exact_products(
+    mode: str, rng: np.random.Generator
+) -> None:
+    """Those of the same network in double precision, to round-off: its statistics count too."""
+    net, data = Block(rng, np.float32), batch(rng)
+    twin = copy.deepcopy(net)
+    for tensor in twin.named_tensors().values():
+        if tensor.dtype == np.float32:
+            if isinstance(tensor, nn.Buffer):
+                values = rng.uniform(0.5, 2, tensor.shape).astype(np.float32)
+                tensor.data = values.astype(np.float64)
+            else:
+                tensor.data = tensor.data.astype(np.float64)
+    net.load_state_dict(twin.state_dict())
+    before = {k: (t.data, t.data.copy()) for k, t in net.named_tensors().items()}
+    single, double = (hessian_gradient_product(n, *data, mode=mode) for n in (net, twin))
+    assert worst_error(single, double) < 1e-13
+    for name, tensor in net.named_tensors().items():
+        assert tensor.data is before[name][0]
+        np.testing.assert_array_equal(tensor.data, before[name][1])
 
 
 def test_float32_is_the_faster_and_coarser_way(rng: np.random.Generator) -> None:

@@ -153,6 +153,24 @@ def test_settings_that_never_prune_are_refused(
 
 
 @pytest.mark.parametrize("kind", [Iterative, Gradual, Movement])
+@pytest.mark.parametrize(("steps", "end"), [(1, 0.8), (1, 0.1), (3, 0.1), (40, 0.01)])
+def test_a_pruning_that_ends_within_the_first_step_comes_after_it(
+    kind: Any, steps: int, end: float
+) -> None:
+    """Though the fraction of the training is nearer to step 0, where nothing is called."""
+    settings = {} if kind is Iterative else {"begin": 0.0}
+    training = Training(kind(0.9, end=end, **settings), steps)
+    training.step()
+    assert training.present.sum() == training.pruner.kept == 3640
+
+
+@pytest.mark.parametrize("kind", [Iterative, Gradual, Movement])
+def test_a_training_without_steps_is_refused(kind: Any) -> None:
+    with pytest.raises(ValueError, match="a training of 0 steps ends before anything is pruned"):
+        Training(kind(0.9), steps=0)
+
+
+@pytest.mark.parametrize("kind", [Iterative, Gradual, Movement])
 def test_pruning_may_last_until_the_end(kind: Any) -> None:
     training = Training(kind(0.9, end=1.0)).run()
     assert training.present.sum() == 3640
@@ -208,6 +226,71 @@ def test_the_mask_keeps_the_gradient_of_removed_weights() -> None:
             losses.append(F.cross_entropy(training.net(mh.Tensor(x)), y).item())
         mask.present[i, j] = False
         assert gradient[i, j] == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-4, abs=1e-9)
+
+
+class Uses(nn.Module):
+    """A square layer used ``uses`` times, and another one that shares its weight."""
+
+    def __init__(self, uses: int, rng: np.random.Generator) -> None:
+        self.uses = uses
+        options: dict[str, Any] = {"rng": rng, "dtype": np.float64}
+        self.a, self.b = nn.Linear(6, 6, **options), nn.Linear(6, 6, **options)
+        self.never = nn.Linear(6, 6, **options)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: mh.Tensor) -> mh.Tensor:
+        for _ in range(self.uses):
+            x = F.tanh(self.a(x))
+        return self.b(x)
+
+
+@pytest.mark.parametrize("uses", [1, 2, 3])
+def test_a_mask_keeps_the_gradient_of_all_uses(uses: int, rng: np.random.Generator) -> None:
+    """With every weight present it is the weight's own; it adds up and is forgotten with that."""
+    net = Uses(uses, rng)
+    masks = pruners.attach_masks(net)
+    x = mh.Tensor(rng.standard_normal((4, 6)))
+    for passes in (1, 2):
+        net.zero_grad()
+        assert not masks["a"].gradient.any()
+        for _ in range(passes):
+            (net(x) ** 2).sum().backward()
+        assert net.a.weight.grad is not None
+        np.testing.assert_allclose(masks["a"].gradient, net.a.weight.grad, rtol=1e-12)
+    assert not masks["never"].gradient.any()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_layers_that_share_a_weight_share_its_mask(name: str, rng: np.random.Generator) -> None:
+    """It counts once, and the same function is left when the masks are taken off."""
+    net, pruner = Uses(1, rng), METHODS[name](0.75)
+    optimizer = optim.SGD(net.parameters(), 0.01)
+    pruner.start(net, optimizer, 8, rng)
+    assert list(pruner.masks) == ["a", "never"]
+    assert (pruner.total, pruner.kept) == (72, 18)
+    for step in range(1, 9):
+        net.zero_grad()
+        (net(mh.Tensor(rng.standard_normal((4, 6)))) ** 2).mean().backward()
+        optimizer.step()
+        pruner.after_step(step)
+    assert sum(int(m.present.sum()) for m in pruner.masks.values()) == 18
+    x = rng.standard_normal((4, 6))
+    before = net(x).data
+    pruner.finish()
+    assert net.a.weight_gate is net.b.weight_gate is None
+    np.testing.assert_allclose(net(x).data, before, rtol=1e-12)
+    assert np.count_nonzero(net.a.weight.data) + np.count_nonzero(net.never.weight.data) <= 18
+
+
+@pytest.mark.parametrize("kind", [Movement, RigL])
+def test_gradients_that_were_forgotten_are_missed(kind: Any) -> None:
+    """Scores of zeros would rank the weights by their place."""
+    training = Training(kind(0.9, every=1))
+    training.backward()
+    training.optimizer.step()
+    training.net.zero_grad()
+    with pytest.raises(ValueError, match="call after_step before they are forgotten"):
+        training.pruner.after_step(1)
 
 
 # -- choices ---------------------------------------------------------------------------------------
@@ -396,10 +479,9 @@ def test_rigl_drops_the_smallest_and_grows_the_steepest() -> None:
             array[removed] = 7
     before = {n: (m.present.copy(), m.weight.data.copy()) for n, m in masks.items()}
     training.pruner.after_step(10)
-    share = 0.15 * (1 + np.cos(np.pi * 10 / 30))
     for name, mask in masks.items():
         present, weight = before[name]
-        count = int(share * present.sum())
+        count = int(present.sum()) * 9 // 40  # 0.15 (1 + cos(pi / 3)) is 9 / 40
         assert count > 0
         places = [tuple(p) for p in np.argwhere(present)]
         stay = set(sorted(places, key=lambda p: -abs(weight[p]))[: len(places) - count])

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from minihyperflows import functional as F
-from minihyperflows.engine.backend import to_device, to_numpy
+from minihyperflows.engine.backend import Array, to_device, to_numpy
 from minihyperflows.engine.graph import no_grad
 from minihyperflows.engine.tensor import Tensor
 from minihyperflows.nn.layers import weighted_layers
@@ -157,7 +157,7 @@ class Landscape:
             for tensor in self.net.named_tensors().values():
                 tensor.grad = tensor.gradient_buffer = None
                 if isinstance(tensor, Buffer):
-                    tensor.data = tensor.data.copy()  # what batch norm writes to
+                    tensor.data = _in_precision(tensor.data, weights.dtype)
             for name, part in self.arrays(weights).items():
                 parameter = self.parameters[name]
                 parameter.data = to_device(part, parameter.device)
@@ -170,11 +170,16 @@ class Landscape:
             yield module, "training"
         for layer in weighted_layers(self.net).values():
             yield layer, "weight_in_use"
-            if hasattr(layer.weight_gate, "gradient"):  # that of a pruner's mask
-                yield layer.weight_gate, "gradient"
+            if hasattr(layer.weight_gate, "received"):  # the gradient that a pruner's mask keeps
+                yield layer.weight_gate, "received"
         for tensor in self.net.named_tensors().values():
             for name in ("data", "grad", "gradient_buffer", "requires_grad"):
                 yield tensor, name
+
+
+def _in_precision(array: Array, dtype: np.dtype) -> Array:
+    """A copy, for batch norm to write to: of a float array in the (real) precision of ``dtype``."""
+    return array.astype(np.empty(0, dtype).real.dtype if array.dtype.kind == "f" else array.dtype)
 
 
 def _gradient(parameter: Tensor) -> np.ndarray:

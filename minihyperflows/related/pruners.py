@@ -12,9 +12,8 @@ A pruner decides with which weights a network computes; training it stays the ca
         pruner.after_step(step)
     pruner.finish()
 
-``start`` gives every convolution and linear layer a :class:`Mask`, one to layers that share their
-weight. A method of your own is a
-subclass of :class:`Pruner` that overrides :meth:`~Pruner.prepare` (before the first step),
+``start`` gives every weight of a convolution or linear layer a :class:`Mask`. A method of your own
+is a subclass of :class:`Pruner` that overrides :meth:`~Pruner.prepare` (before the first step),
 :meth:`~Pruner.after_step`, or both. It finds what it needs on itself: ``masks`` by layer name, each
 with the weights, with who is present, and with the gradient of *all* weights, removed ones too;
 ``kept``, the number of weights to end with; ``steps``, ``rng`` and ``optimizer``. Biases and
@@ -56,33 +55,49 @@ class MaskedWeight(Function):
         return weight * self.present
 
     def backward(self, c: np.ndarray) -> np.ndarray:
-        self.mask.gradient = c
+        self.mask.receive(c)
         return c * self.present
 
 
 class Mask:
     """The mask of one weight, and what a pruner wants to know of it.
 
+    Layers that share the weight share the mask.
+
     Attributes:
         weight: the layer's weights, removed ones with the value they were removed with (and what
             the optimiser's momentum has made of it).
         present: True where the layer uses its weight. A pruner assigns a new array.
-        gradient: dL/dw' of the last backward pass, of present and removed weights.
+        gradient: dL/dw', of present and removed weights. Like ``weight.grad``, which it lives and
+            dies with, it is the sum over all uses of the weight and all backward passes since the
+            gradients were last forgotten; zeros without any.
     """
 
     def __init__(self, weight: Parameter) -> None:
         self.weight = weight
         self.present: np.ndarray = np.ones(weight.shape, dtype=bool)
-        self.gradient: np.ndarray = np.zeros(weight.shape, dtype=weight.dtype)
+        self.received: np.ndarray | None = None
 
     def __call__(self, weight: Tensor) -> Tensor:
         return apply(MaskedWeight(self), weight)
 
+    def receive(self, c: np.ndarray) -> None:
+        """Add what one use of the weight contributes to the gradient."""
+        first = self.weight.grad is None or self.received is None
+        self.received = c if first else self.received + c
+
+    @property
+    def gradient(self) -> np.ndarray:
+        if self.weight.grad is None or self.received is None:
+            return np.zeros(self.weight.shape, self.weight.dtype)
+        return self.received
+
 
 def attach_masks(net: Module) -> dict[str, Mask]:
-    """Give every convolution and linear layer a mask, by layer name; all weights are present.
+    """Give the weight of every convolution and linear layer a mask; all weights are present.
 
-    Layers that share a weight have one mask, called after the first of them.
+    Returns:
+        The masks by layer name; of layers that share a weight, by the name of the first.
 
     Raises:
         ValueError: there is nothing to mask, or the layers have masks or gates already.
@@ -112,7 +127,8 @@ class Pruner:
         ValueError: another sparsity; in subclasses, settings with which nothing would be removed.
 
     Attributes:
-        masks: the masks by layer name, in the order of the layers.
+        masks: the masks by layer name, in the order of the layers; of layers that share a weight by
+            the name of the first.
         kept: how many weights are to be present in the end.
         optimizer: the optimiser of the weights.
         steps: how many steps the training lasts.
@@ -181,6 +197,16 @@ class Pruner:
             mask.present = part.reshape(mask.present.shape)
             start += part.size
 
+    def gradients(self) -> dict[str, np.ndarray]:
+        """dL/dw' of the batch, an array for each mask; zeros where the loss did not depend on it.
+
+        Raises:
+            ValueError: no weight has a gradient.
+        """
+        if all(mask.weight.grad is None for mask in self.masks.values()):
+            raise ValueError("there are no gradients: call after_step before they are forgotten")
+        return {name: mask.gradient for name, mask in self.masks.items()}
+
     def magnitudes(self) -> list[np.ndarray]:
         """|w| of every present weight, -1 for removed ones: by rank they stay removed."""
         return [np.where(m.present, abs(m.weight.data), -1) for m in self.masks.values()]
@@ -220,6 +246,14 @@ def _check_period(begin: float, end: float) -> None:
             "begin and end are fractions of the training, 0 <= begin <= end <= 1 and end > 0, "
             f"not {begin} and {end}"
         )
+
+
+def _last_step(end: float, steps: int) -> int:
+    """The step after which the pruning is done: at the fraction ``end`` of the training, but never
+    before there was one."""
+    if steps < 1:
+        raise ValueError(f"a training of {steps} steps ends before anything is pruned")
+    return max(1, round(end * steps))
 
 
 def _check_every(every: int) -> None:
@@ -274,8 +308,13 @@ class Iterative(Pruner):
         self.rounds, self.end = rounds, end
 
     def round_ends(self) -> list[int]:
-        """The steps after which a round removes weights."""
-        return [round(r / self.rounds * self.end * self.steps) for r in range(1, self.rounds + 1)]
+        """The steps after which a round removes weights; where several are one, its last round
+        counts."""
+        before = [round(r / self.rounds * self.end * self.steps) for r in range(1, self.rounds)]
+        return [*before, _last_step(self.end, self.steps)]
+
+    def prepare(self) -> None:
+        _last_step(self.end, self.steps)  # there is one
 
     def after_step(self, step: int) -> None:
         for r, at in enumerate(self.round_ends(), start=1):
@@ -307,6 +346,9 @@ class Scheduled(Pruner):
         _check_every(every)
         self.begin, self.end, self.every = begin, end, every
 
+    def prepare(self) -> None:
+        _last_step(self.end, self.steps)  # there is one
+
     def scores(self) -> list[np.ndarray]:
         """A score for each weight, an array for each mask; the highest stay."""
         raise NotImplementedError
@@ -316,7 +358,7 @@ class Scheduled(Pruner):
         return cubic_sparsity(progress, self.sparsity)
 
     def after_step(self, step: int) -> None:
-        first, last = round(self.begin * self.steps), round(self.end * self.steps)
+        first, last = round(self.begin * self.steps), _last_step(self.end, self.steps)
         if first < step < last and step % self.every == 0:
             reached = self.schedule((step - first) / (last - first))
             self.keep_largest(self.scores(), kept_weights(reached, self.total))
@@ -369,6 +411,7 @@ class Movement(Scheduled):
         super().__init__(sparsity, begin, end, every)
 
     def prepare(self) -> None:
+        super().prepare()
         self.score = {name: np.zeros_like(m.weight.data) for name, m in self.masks.items()}
         self._before = self._copies()
 
@@ -376,9 +419,9 @@ class Movement(Scheduled):
         return list(self.score.values())
 
     def after_step(self, step: int) -> None:
-        if step <= round(self.end * self.steps):
-            for name, mask in self.masks.items():  # the gradient belongs to w before the step
-                self.score[name] -= self._before[name] * mask.gradient
+        if step <= _last_step(self.end, self.steps):
+            for name, gradient in self.gradients().items():  # it belongs to w before the step
+                self.score[name] -= self._before[name] * gradient
             self._before = self._copies()
         super().after_step(step)
 
@@ -428,16 +471,18 @@ class RigL(Pruner):
         last = self.until * self.steps
         if step % self.every == 0 and step < last:
             share = cosine_fraction(step / last, self.fraction)
-            for mask in self.masks.values():
-                self._rewire(mask, int(share * np.count_nonzero(mask.present)))
+            gradients = self.gradients()
+            for name, mask in self.masks.items():
+                count = counting.floor_of(share, int(mask.present.sum()))
+                self._rewire(mask, gradients[name], count)
 
-    def _rewire(self, mask: Mask, count: int) -> None:
+    def _rewire(self, mask: Mask, gradient: np.ndarray, count: int) -> None:
         """Drop ``count`` weights of a layer and grow as many."""
         present, shape = mask.present.reshape(-1), mask.present.shape
         staying = int(present.sum()) - count
         magnitude = np.where(present, abs(mask.weight.data).reshape(-1), -1)
         stay = largest(magnitude, staying)
-        grown = largest(np.where(stay, -1, abs(mask.gradient).reshape(-1)), count)
+        grown = largest(np.where(stay, -1, abs(gradient).reshape(-1)), count)
         mask.present = (stay | grown).reshape(shape)
         self._begin_at_zero(mask, (grown & ~present).reshape(shape))
 

@@ -86,17 +86,19 @@ def prune_weights(
             initialisation.
         score: gives the scores of the network's weights, keyed like ``named_parameters()``.
         least: so many weights of each layer stay, whatever their scores; with 0 a layer may vanish.
-        exclude: names of layers that are not pruned.
+        exclude: names of layers that are not pruned, nor others that share their weights.
 
     Raises:
         ValueError: at the call, before anything is trained or masked: there are no such rounds, no
             such sparsity, or no such layers; or more must stay than is left. In the first round:
             the layers have masks or gates already.
     """
-    layers = {name: group[0] for name, group in weight_groups(net).items()}
+    layers = weighted_layers(net)
     if unknown := sorted(set(exclude) - set(layers)):
         raise ValueError(f"no layer {', '.join(unknown)} to exclude: there are {', '.join(layers)}")
-    sizes = {name: m.weight.size for name, m in layers.items() if name not in exclude}
+    excluded = {layers[name].weight for name in exclude}
+    weights = {name: group[0].weight for name, group in weight_groups(net).items()}
+    sizes = {name: weight.size for name, weight in weights.items() if weight not in excluded}
     course = _course(sizes, dict.fromkeys(sizes, least), sparsity, rounds)
     return _weights_in_rounds(net, list(sizes), course, train, score, least)
 
