@@ -34,7 +34,7 @@ def cut(net: Module, groups: Mapping[str, ChannelGroup], keep: Mapping[str, np.n
     for name, mask in checked(net, groups, keep).items():
         group = groups[name]
         for layer in group.depthwise:
-            modules[layer].groups = int(mask.sum())  # type: ignore[attr-defined]
+            modules[layer].groups = int(mask.sum())
         for tensor in _tensors_made(modules, group):
             _keep(tensor, mask, axis=0)
         for weight, repeats in _weights_reading(modules, group):
