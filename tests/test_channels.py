@@ -206,6 +206,7 @@ class Between(nn.Module):
         self.between, self.name = between, first
         setattr(self, first, nn.Conv2d(2, 4, 1, rng=rng))
         self.single = nn.Conv2d(2, 1, 1, rng=rng)
+        self.norm = nn.BatchNorm2d(4)
         self.last = nn.Conv2d(4, 3, 1, rng=rng)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -221,6 +222,7 @@ class Between(nn.Module):
         lambda net, y, x: F.softmax(y),
         lambda net, y, x: F.log_softmax(y, axis=3),
         lambda net, y, x: F.batch_norm(y, running_mean=np.zeros(4), running_var=np.ones(4)),
+        lambda net, y, x: net.norm(y) * (net.norm.weight * np.arange(4, dtype=np.float32)),
     ],
 )
 def test_channels_with_an_entry_of_something_else_stay(
@@ -239,6 +241,7 @@ def test_channels_with_an_entry_of_something_else_stay(
         lambda net, y, x: y * np.float32(3) + np.ones((3, 3, 1), np.float32),
         lambda net, y, x: Tensor(np.ones(1, np.float32)) - y,
         lambda net, y, x: F.softmax(y, axis=1),
+        lambda net, y, x: net.norm(y) * (0.5 * net.norm.weight),
     ],
 )
 def test_what_treats_all_channels_alike_leaves_them_removable(

@@ -83,8 +83,8 @@ class Recording(NamedTuple):
 
     Attributes:
         operations: first to last.
-        weights: for the weight in use of a layer with a gate, which is a leaf of this recording,
-            the layer's own weight.
+        weights: for the weight in use of each layer, which is a leaf of this recording, the layer's
+            own weight.
         layers: the weights of all layers.
     """
 
@@ -126,8 +126,8 @@ def trace(net: Module, input_shape: tuple[int, ...]) -> Recording:
 
     In evaluation mode, so that nothing of ``net`` changes; every module's mode is put back. Frozen
     parameters count like others: meanwhile all of them require a gradient, since operations are
-    recorded for the sake of gradients only. What gates do to the weights is not recorded: a layer
-    with a gate has its weight ready made (``Weighted.weight_in_use``).
+    recorded for the sake of gradients only. What gates do to the weights is not recorded: every
+    layer has its weight ready made (``Weighted.weight_in_use``).
 
     Raises:
         ValueError: inside ``no_grad``, where nothing is recorded.
@@ -147,10 +147,9 @@ def trace(net: Module, input_shape: tuple[int, ...]) -> Recording:
         for parameter in parameters:
             parameter.requires_grad = True
         for layer in layers:
-            if layer.weight_gate is not None:
-                with no_grad():
-                    in_use = Tensor(layer.effective_weight().data, requires_grad=True)
-                layer.weight_in_use, weights[in_use] = in_use, layer.weight
+            with no_grad():
+                in_use = Tensor(layer.effective_weight().data, requires_grad=True)
+            layer.weight_in_use, weights[in_use] = in_use, layer.weight
         output = net(image)
     order = reverse_topological_order(output.creator)[::-1] if output.creator else []
     return Recording(order, weights, known)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from minihyperflows.engine.conv import Conv2d
 from minihyperflows.engine.graph import Function, Intermediate
-from minihyperflows.engine.norm import BatchNorm
+from minihyperflows.engine.norm import BatchNorm, Normalise
 from minihyperflows.engine.ops import (
     Elementwise,
     Exp,
@@ -46,7 +46,7 @@ from minihyperflows.nn.module import Module
 # Operations that work on every number by itself
 POINTWISE = (Elementwise, Negate, Power, Exp, Log, Tanh, Sigmoid, ReLU)
 # Operations whose output has the channels of their inputs
-KEEPS_CHANNELS = (*POINTWISE, Pool2d, BatchNorm, Reduction, Softmax, LogSoftmax)
+KEEPS_CHANNELS = (*POINTWISE, Pool2d, BatchNorm, Normalise, Reduction, Softmax, LogSoftmax)
 INPUT = "input"  # the name of the group of the images' channels
 
 
@@ -156,7 +156,7 @@ class Tracer:
         members = [m for _, m in net.named_modules() if isinstance(m, Weighted | BatchNorm2d)]
         self._known = {p for m in members for p in (m.weight, m.bias) if p is not None}
         norms = [m for m in members if isinstance(m, BatchNorm2d)]
-        self._of_norms: set[Any] = {p for m in norms for p in (m.weight, m.bias)}
+        self._statistics = {id(norm.running_var.data) for norm in norms}
         self.axes: dict[Function, Axis] = {}
         self.outputs: dict[Tensor, Axis] = {}
         self.inputs: dict[Tensor, Axis] = {}
@@ -277,11 +277,9 @@ class Tracer:
         """Joins the inputs that have the channels of the output; others are broadcast."""
         if isinstance(function, Reduction) and _over_channels(function, function.axis):
             raise ValueError(f"{function.name}: it reduces the axis of channels")
-        if all(self._is_constant(x) or self._is_of_norms(x) for x in function.inputs):
-            self._of_norms.add(function)  # the constants are statistics, which are cut as well
         channels = function.output_shape[-1:]
         whole = [x for x in function.inputs if _shape(x)[-1:] == channels]
-        if function in self._of_norms or channels == (1,):  # one entry is not one for each channel
+        if channels == (1,):  # one entry is not one for each channel
             whole = [x for x in whole if not self._is_constant(x)]
         axes = [self._axis(x) for x in whole]
         for axis in axes[1:]:
@@ -289,13 +287,16 @@ class Tracer:
         single = [x for x in function.inputs if _shape(x)[-1:] == (1,) != channels]
         if not all(self._is_constant(x) for x in single):
             self.stretched.append(axes[0])
-        if isinstance(function, Softmax | LogSoftmax) and _over_channels(function, function.axis):
+        if self._has_entries(function):
             self.fixed.append(axes[0])
         return axes[0]
 
-    def _is_of_norms(self, x: Any) -> bool:
-        """Whether ``x`` is the scale or shift of a batch norm, or computed from them alone."""
-        return (x.creator if isinstance(x, Intermediate) else x) in self._of_norms
+    def _has_entries(self, function: Function) -> bool:
+        """Whether it does to each channel what depends on the others, or on an array that is not an
+        input: statistics that are not of a layer."""
+        if isinstance(function, Softmax | LogSoftmax):
+            return _over_channels(function, function.axis)
+        return isinstance(function, Normalise) and id(function.var) not in self._statistics
 
 
 def weight_in_use(function: Function) -> Any:
