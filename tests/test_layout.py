@@ -144,7 +144,8 @@ def test_importing_the_package_loads_neither_cupy_nor_torch() -> None:
 
 
 HARMLESS = {
-    "minihyperflows.engine.threads": {"os"},  # a pool of threads must hear of a fork
+    "minihyperflows.engine.blas": {"os"},  # the number of threads and the pool of threads must
+    "minihyperflows.engine.threads": {"os"},  # hear of a fork
     "minihyperflows.engine.memory": {"sys"},  # for the number of references to an array
 }
 

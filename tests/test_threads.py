@@ -2,6 +2,7 @@
 
 import os
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -9,16 +10,16 @@ import pytest
 from minihyperflows import Tensor, models, optim
 from minihyperflows import functional as F
 from minihyperflows.engine import threads
+from minihyperflows.engine.blas import blas_threads, set_blas_threads
 from minihyperflows.engine.threads import BLOCK, add, elementwise, for_blocks, set_threads
 
 
 @pytest.fixture(autouse=True)
 def _as_before():
-    before = [library["num_threads"] for library in threads.blas_libraries()]
+    before = blas_threads()
     yield
     set_threads(None)
-    for library, number in zip(threads._blas(), before, strict=True):
-        library.set_num_threads(number)
+    set_blas_threads(before)
 
 
 @pytest.mark.parametrize("number", [1, 2, 5])
@@ -64,20 +65,34 @@ def test_settings_of_numpy_hold_in_every_thread():
         for_blocks(lambda block: np.ones(1) / np.zeros(1), 2, 1)
 
 
-def test_blas_has_its_threads_back():
+@pytest.fixture
+def late_helper():
+    """The pool's only thread, busy with something else until the event."""
     set_threads(2)
-    inside = for_blocks(lambda _: [b["num_threads"] for b in threads.blas_libraries()], 2, 1)
-    assert inside == [[1] * len(threads.blas_libraries())] * 2
-    assert all(b["num_threads"] == 2 for b in threads.blas_libraries())
-    with pytest.raises(ZeroDivisionError):
-        for_blocks(lambda _: 1 / 0, 2, 1)
-    assert all(b["num_threads"] == 2 for b in threads.blas_libraries())
+    event = threading.Event()
+    other = threads._pool(1).submit(event.wait, 30)
+    yield event
+    event.set()
+    assert other.result()
+
+
+def test_nobody_waits_for_a_helper_that_has_not_come(late_helper):
+    assert for_blocks(lambda block: block.start, 4, 1) == [0, 1, 2, 3]
+    assert not late_helper.is_set()
+
+
+def test_a_helper_that_comes_too_late_keeps_no_arrays_alive(late_helper):
+    array = np.ones(4)
+    here = weakref.ref(array)
+    assert for_blocks(lambda block, a=array: a[block].sum(), 4, 1) == [1, 1, 1, 1]
+    del array
+    assert here() is None
 
 
 def test_without_a_choice_it_is_the_users_number_for_blas():
     set_threads(2)
     set_threads(None)
-    assert threads.threads() == max(b["num_threads"] for b in threads.blas_libraries())
+    assert threads.threads() == blas_threads()
     with pytest.raises(ValueError, match="at least one"):
         set_threads(0)
 
@@ -110,7 +125,7 @@ def test_elementwise_and_add():
 
 @pytest.mark.parametrize("name", ["vgg19", "resnet50"])
 def test_a_step_of_a_network_does_not_depend_on_the_threads(name):
-    """Bit for bit, but for the last linear layer: its one product is BLAS's to cut."""
+    """Bit for bit."""
     results = []
     for number in (1, 2, 3):
         set_threads(number)

@@ -23,6 +23,7 @@ from minihyperflows.engine.gpu.launch import takes
 from minihyperflows.engine.graph import Function
 from minihyperflows.engine.memory import empty
 from minihyperflows.engine.numbers import Arithmetic, computing_dtype, number, rounded
+from minihyperflows.engine.products import matmul
 from minihyperflows.engine.threads import add, elementwise
 
 # -- helpers -------------------------------------------------------------------------------------
@@ -462,12 +463,16 @@ class MatMul(Function):
             )
         require_broadcast(self.name, a_shape[:-2], b_shape[:-2])
         self.a, self.b = a, b
-        return a @ b
+        return matmul(a, b)
 
     def backward(self, c: Array) -> tuple[Array | None, Array | None]:
         return (
-            unbroadcast(c @ self.b.swapaxes(-1, -2), self.a.shape) if self.needs[0] else None,
-            unbroadcast(self.a.swapaxes(-1, -2) @ c, self.b.shape) if self.needs[1] else None,
+            unbroadcast(matmul(c, self.b.swapaxes(-1, -2)), self.a.shape)
+            if self.needs[0]
+            else None,
+            unbroadcast(matmul(self.a.swapaxes(-1, -2), c), self.b.shape)
+            if self.needs[1]
+            else None,
         )
 
 
@@ -499,7 +504,7 @@ class Linear(Function):
         self.on_gpu = gpu_linear.fits(x, weight, bias)
         if self.on_gpu:
             return gpu_linear.forward(x, weight, bias)
-        y = x @ weight.T
+        y = matmul(x, weight.T)
         return y if bias is None else add_to(y, bias)
 
     def backward(self, c: Array) -> tuple[Array | None, ...]:
@@ -509,8 +514,8 @@ class Linear(Function):
         flat_c = c.reshape(rows, c.shape[-1])  # (N, out)
         flat_x = self.x.reshape(rows, self.x.shape[-1])  # (N, in)
         gradients = (
-            c @ self.weight if self.needs[0] else None,
-            flat_c.T @ flat_x if self.needs[1] else None,
+            matmul(c, self.weight) if self.needs[0] else None,
+            matmul(flat_c.T, flat_x) if self.needs[1] else None,
         )
         if len(self.needs) == 2:  # no bias
             return gradients

@@ -13,6 +13,7 @@ import numpy as np
 
 from minihyperflows.engine import numbers, ops
 from minihyperflows.engine.backend import Array, device_of, to_device, to_numpy, xp_of
+from minihyperflows.engine.blas import one_blas_thread
 from minihyperflows.engine.errors import DeviceError, GraphError, NonFiniteLossError, ShapeError
 from minihyperflows.engine.graph import Function, Intermediate, backpropagate, is_recording
 
@@ -134,7 +135,8 @@ class Tensor:
         if self.creator is None:
             self.grad = start if self.grad is None else self.grad + start
         else:
-            backpropagate(self.creator, start)
+            with one_blas_thread:
+                backpropagate(self.creator, start)
 
     def _first_cotangent(self, cotangent: Any) -> Array:
         xp = xp_of(self.data)
@@ -246,7 +248,8 @@ def apply(function: Function, *inputs: Any) -> Tensor:
     needs = tuple(isinstance(x, Tensor) and x.requires_grad for x in inputs)
     recorded = is_recording() and any(needs)
     function.needs = needs if recorded else (False,) * len(needs)
-    output = Tensor(numbers.forward(function, arrays))
+    with one_blas_thread:
+        output = Tensor(numbers.forward(function, arrays))
     if recorded:
         function.inputs = tuple(_without_values(x) for x in inputs)
         function.output_shape = output.shape

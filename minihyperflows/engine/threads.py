@@ -1,33 +1,35 @@
-"""The one place that knows about threads.
+"""The pool of threads that shares large operations.
 
-NumPy computes on one core, but for its matrix products, and it releases Python's lock while it
-computes. So an operation on a large array goes through it block by block (:func:`for_blocks`), and
-a small pool of threads shares the blocks. Blocks help a single core too: what several passes over
-a block read and write stays in its cache.
+NumPy computes on one core and releases Python's lock while it computes. So an operation on a large
+array goes through it block by block (:func:`for_blocks`), and a small pool of threads shares the
+blocks. Blocks help a single core too: what several passes over a block read and write stays in its
+cache.
 
 How the work is cut into blocks never depends on the number of threads, and sums over blocks are
 added up in order. So the results do not depend on it either.
 
 The number of threads is the one that the user has given the BLAS library (``OPENBLAS_NUM_THREADS``,
-``OMP_NUM_THREADS``, threadpoolctl), unless :func:`set_threads` says otherwise. While the pool
-works, BLAS computes each product on the thread that asks for it. Two pools would fight: OpenBLAS's
-threads spin for some milliseconds after every product, waiting for the next.
+``OMP_NUM_THREADS``, threadpoolctl), unless :func:`set_threads` says otherwise. BLAS itself computes
+each of the engine's products on the thread that asks for it (``engine.blas``).
+
+On a machine that is busy with other programs a thread may have to wait for a core. The one that
+asked for the work goes on by itself then: it waits for blocks that others have begun, not for
+threads that have not come.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
 
 from minihyperflows.engine.backend import Array, device_of, xp_of
+from minihyperflows.engine.blas import blas_threads, one_blas_thread, set_blas_threads
 from minihyperflows.engine.gpu import elementwise as gpu_elementwise
 from minihyperflows.engine.memory import empty
 
@@ -54,13 +56,13 @@ _working: ContextVar[bool] = ContextVar("working", default=False)  # inside a bl
 
 def threads() -> int:
     """How many threads share the blocks of an operation."""
-    if _chosen is not None:
-        return _chosen
-    return max((library["num_threads"] for library in blas_libraries()), default=1)
+    return blas_threads() if _chosen is None else _chosen
 
 
 def set_threads(number: int | None) -> None:
-    """Use ``number`` threads from now on, for blocks and for BLAS; None: as many as BLAS has.
+    """Use ``number`` threads from now on; None: as many as the user has given to BLAS.
+
+    BLAS gets the same number for what is not computed by the engine.
 
     Raises:
         ValueError: less than one.
@@ -70,13 +72,7 @@ def set_threads(number: int | None) -> None:
         raise ValueError(f"at least one thread must compute, not {number}")
     _chosen = number
     if number is not None:
-        for library in _blas():
-            library.set_num_threads(number)
-
-
-def blas_libraries() -> list[dict[str, Any]]:
-    """What threadpoolctl says of each BLAS library: its name, version, core type and threads."""
-    return [library.info() for library in _blas()]
+        set_blas_threads(number)
 
 
 def for_blocks(
@@ -85,16 +81,21 @@ def for_blocks(
     """``work(slice)`` for each block of ``block`` items out of ``length``: the results, in order.
 
     The blocks run side by side, so ``work`` must write to its own block only. An exception in one
-    of them is raised here, after the others have ended. ``array`` is one of those that ``work``
-    deals with: on a GPU, which has threads of its own, all items are one block.
+    of them is raised here, after those that were begun have ended. ``array`` is one of those that
+    ``work`` deals with: on a GPU, which has threads of its own, all items are one block.
     """
-    if device_of(array) != "cpu":
-        block = max(1, length)
+    on_gpu = device_of(array) != "cpu"
+    block = max(1, length) if on_gpu else block
     slices = [slice(start, min(start + block, length)) for start in range(0, length, block)]
-    available = 1 if _working.get() else threads()
-    if available == 1:
+    if on_gpu:
         return [work(s) for s in slices]
-    workers = min(available, len(slices))
+    with one_blas_thread:
+        others = 0 if _working.get() or len(slices) < 2 else threads() - 1
+        return _share(work, slices, others) if others else [work(s) for s in slices]
+
+
+def _share(work: Callable[[slice], T], slices: list[slice], others: int) -> list[T]:
+    """The results of ``work`` for all slices, by this thread and as many as ``others``."""
     results: list[Any] = [None] * len(slices)
     waiting = enumerate(slices)  # an iterator's next() is atomic: whoever is free takes a block
 
@@ -103,13 +104,21 @@ def for_blocks(
         for i, block_slice in waiting:
             results[i] = work(block_slice)
 
-    with _blas_on_one_thread():
-        pool = _pool(available - 1)
-        helpers = [pool.submit(copy_context().run, take_turns) for _ in range(workers - 1)]
-        try:
-            copy_context().run(take_turns)
-        finally:
-            errors = [helper.exception() for helper in helpers]
+    tasks = [take_turns]  # emptied below: a helper that comes too late keeps no arrays alive
+
+    def help_out() -> None:
+        with one_blas_thread:
+            tasks[0]()
+
+    pool, number = _pool(others), min(others, len(slices) - 1)
+    helpers = [pool.submit(copy_context().run, help_out) for _ in range(number)]
+    try:
+        copy_context().run(take_turns)
+    finally:
+        for _ in waiting:  # after an error there may be some left, which nobody needs any more
+            pass
+        errors = [helper.exception() for helper in helpers if not helper.cancel()]
+        tasks.clear()
     for error in errors:
         if error is not None:
             raise error
@@ -156,26 +165,6 @@ def add(a: Array, b: Array, out: Array | None = None) -> Array:
     rows = rows_per_block(a.size // len(a))
     for_blocks(lambda block: np.add(a[block], b[block], out=out[block]), len(a), rows, a)
     return out
-
-
-@contextmanager
-def _blas_on_one_thread() -> Iterator[None]:
-    libraries = _blas()
-    before = [library.get_num_threads() for library in libraries]
-    for library in libraries:
-        library.set_num_threads(1)
-    try:
-        yield
-    finally:
-        for library, number in zip(libraries, before, strict=True):
-            library.set_num_threads(number)
-
-
-@cache
-def _blas() -> tuple[Any, ...]:
-    """The controllers of the loaded BLAS libraries; NumPy has loaded its own by now."""
-    controller = ThreadpoolController().select(user_api="blas")
-    return tuple(controller.lib_controllers)
 
 
 @cache

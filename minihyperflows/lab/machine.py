@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minihyperflows.engine.backend import cupy
-from minihyperflows.engine.threads import blas_libraries
+from minihyperflows.engine.blas import blas_libraries
 
 # What makes a BLAS library choose other kernels or another number of threads.
 VARIABLES = ("OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")

@@ -1,0 +1,303 @@
+"""BLAS computes on one thread inside the engine, and has its user's number outside."""
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from threadpoolctl import threadpool_limits
+
+from minihyperflows import Function, Tensor, apply, nn
+from minihyperflows import functional as F
+from minihyperflows.engine import blas, ops, products, threads
+from minihyperflows.engine.blas import (
+    blas_libraries,
+    blas_threads,
+    one_blas_thread,
+    set_blas_threads,
+)
+from minihyperflows.engine.threads import for_blocks, set_threads
+from minihyperflows.lab.workers import THREAD_VARIABLES
+
+needs_blas = pytest.mark.skipif(not blas_libraries(), reason="no BLAS library tells its number")
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+
+
+@pytest.fixture(autouse=True)
+def _two_threads():
+    before = blas_threads()
+    set_blas_threads(2)
+    yield
+    set_threads(None)
+    set_blas_threads(before)
+
+
+def numbers():
+    """What the libraries themselves say."""
+    return {library["num_threads"] for library in blas_libraries()}
+
+
+class Watched(np.ndarray):
+    """An array that notes the numbers while NumPy computes with it."""
+
+    seen: list = []  # noqa: RUF012 - emptied by the test
+
+    def __array_ufunc__(self, ufunc, method, *inputs, out=None, **settings):
+        if ufunc is np.matmul:
+            self.seen.append(numbers())
+        plain = [np.asarray(x) for x in inputs]
+        if out is not None:
+            settings["out"] = tuple(np.asarray(x) for x in out)
+        return getattr(ufunc, method)(*plain, **settings)
+
+
+class Product(Function):
+    """A student's operation: it notes the numbers, too."""
+
+    def forward(self, a, b):
+        self.a, self.b, self.seen = a, b, [numbers()]
+        return a @ b
+
+    def backward(self, c):
+        seen.append((*self.seen, numbers()))
+        return c @ self.b.T, self.a.T @ c
+
+
+seen = []
+
+
+# -- one inside ------------------------------------------------------------------------------------
+
+
+@needs_blas
+@pytest.mark.parametrize("size", [3, 700])  # one product, and one that is cut into blocks
+def test_a_product_of_the_engine(size):
+    Watched.seen.clear()
+    a = np.ones((size, size)).view(Watched)
+    products.matmul(a, a)
+    assert Watched.seen, "NumPy has not multiplied"
+    assert all(found == {1} for found in Watched.seen)
+    assert numbers() == {2}
+
+
+@needs_blas
+def test_forward_and_backward_of_anybodys_operation():
+    seen.clear()
+    a, b = Tensor(np.ones((3, 4)), True), Tensor(np.ones((4, 2)), True)
+    y = apply(Product(), a, b)
+    assert numbers() == {2}
+    y.backward(np.ones((3, 2)))
+    assert seen == [({1}, {1})]
+    assert numbers() == {2}
+
+
+@needs_blas
+def test_every_product_of_a_network(monkeypatch, rng):
+    found = []
+    for module in (ops, np):
+        matmul = module.matmul
+
+        def watched(*arrays, matmul=matmul, **settings):
+            found.append(numbers())
+            return matmul(*arrays, **settings)
+
+        monkeypatch.setattr(module, "matmul", watched)
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, rng=rng), nn.ReLU(), nn.Conv2d(16, 16, 3, rng=rng)),
+        *(nn.Conv2d(16, 4, 1, rng=rng), nn.Flatten(), nn.Linear(64, 5, rng=rng)),
+    )
+    loss = F.cross_entropy(net(Tensor(np.ones((2, 8, 8, 3), np.float32))), np.array([0, 1]))
+    assert numbers() == {2}
+    loss.backward()
+    assert len(found) > 10
+    assert all(one == {1} for one in found)
+    assert numbers() == {2}
+
+
+# -- the user's number outside ---------------------------------------------------------------------
+
+
+@needs_blas
+def test_contexts_of_several_threads_overlap():
+    """The one that entered first leaves first; whoever is the last puts the number back."""
+    inside, leave = threading.Event(), threading.Event()
+
+    def other():
+        with one_blas_thread:
+            inside.set()
+            assert leave.wait(30)
+
+    with ThreadPoolExecutor(1) as pool:
+        with one_blas_thread:
+            last = pool.submit(other)
+            assert inside.wait(30)
+        assert numbers() == {1}
+        assert blas_threads() == 2
+        leave.set()
+        last.result()
+    assert numbers() == {2}
+
+
+@needs_blas
+def test_a_number_that_somebody_sets_meanwhile_stays():
+    with one_blas_thread, one_blas_thread:
+        for limit in blas._limits():
+            for number in limit.numbers:
+                number.set(3)
+    assert numbers() == {3}
+
+
+@needs_blas
+def test_setting_the_number_inside_waits_for_the_end():
+    with one_blas_thread:
+        set_threads(3)
+        assert numbers() == {1}
+        assert threads.threads() == 3
+        set_threads(None)
+        assert threads.threads() == 3  # as many as BLAS has, which kept that number
+    assert numbers() == {3}
+
+
+@needs_blas
+def test_an_error_puts_the_number_back():
+    with pytest.raises(ValueError):
+        products.matmul(np.ones((2, 3)), np.ones((2, 3)))
+    with pytest.raises(ZeroDivisionError):
+        for_blocks(lambda _: 1 / 0, 4, 1)
+    assert numbers() == {2}
+
+
+@needs_blas
+def test_numpys_own_products_beside_the_engines(rng):
+    """A user's thread multiplies while ours compute: right numbers, and the setting survives."""
+    a = rng.integers(-9, 9, (200, 200)).astype(float)  # whole numbers: any order gives one sum
+    right, net, done = a @ a, nn.Linear(200, 200, rng=rng), threading.Event()
+
+    def multiply():
+        wrong = 0
+        while not done.is_set():
+            wrong += not np.array_equal(a @ a, right)
+        return wrong
+
+    def train():
+        for _ in range(50):
+            net(Tensor(a)).sum().backward()
+
+    with ThreadPoolExecutor(3) as pool:
+        user = pool.submit(multiply)
+        for ours in [pool.submit(train) for _ in range(2)]:
+            ours.result()
+        done.set()
+        assert user.result() == 0
+    assert numbers() == {2}
+
+
+@needs_blas
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_process_forked_while_another_thread_computes():
+    inside, leave = threading.Event(), threading.Event()
+
+    def other():
+        with one_blas_thread:
+            inside.set()
+            assert leave.wait(30)
+
+    with ThreadPoolExecutor(1) as pool:
+        last = pool.submit(other)
+        assert inside.wait(30)
+        child = os.fork()
+        if child == 0:
+            alone = numbers() == {2}
+            with one_blas_thread:
+                alone = alone and numbers() == {1}
+            os._exit(0 if alone and numbers() == {2} else 1)
+        leave.set()
+        last.result()
+    assert os.waitpid(child, 0)[1] == 0
+    assert numbers() == {2}
+
+
+@needs_blas
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_process_forked_inside():
+    with one_blas_thread:
+        child = os.fork()
+        if child:
+            assert os.waitpid(child, 0)[1] == 0
+    if child == 0:
+        with one_blas_thread:
+            inside = numbers() == {1}
+        os._exit(0 if inside and numbers() == {2} else 1)
+    assert numbers() == {2}
+
+
+# -- the pool's number -----------------------------------------------------------------------------
+
+
+@needs_blas
+def test_the_pool_has_as_many_threads_as_the_user_gives_blas():
+    assert threads.threads() == 2
+    with one_blas_thread:
+        assert threads.threads() == 2
+    with threadpool_limits(1, user_api="blas"):
+        assert threads.threads() == 1
+    assert threads.threads() == 2
+
+
+@needs_blas
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_environment_says_how_many(number):
+    if number > (os.cpu_count() or 1):
+        pytest.skip("OpenBLAS starts no more threads than there are cores")
+    program = "from minihyperflows.engine.threads import threads; print(threads())"
+    environment = os.environ | dict.fromkeys(THREAD_VARIABLES, str(number))
+    answer = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert answer.stdout.split() == [str(number)]
+
+
+def test_without_a_library_that_tells(monkeypatch):
+    monkeypatch.setattr(blas, "_limits", lambda: ())
+    assert threads.threads() == 1
+    set_threads(2)
+    meeting = threading.Barrier(2, timeout=30)
+    assert for_blocks(lambda _: meeting.wait() >= 0, 2, 1) == [True, True]
+
+
+class OpenMP:
+    """A library in which every thread has a number of its own, at first 2."""
+
+    def __init__(self):
+        self.own = threading.local()
+
+    def get(self):
+        return getattr(self.own, "number", 2)
+
+    def set(self, number):
+        self.own.number = number
+
+
+def test_a_library_with_a_number_for_every_thread(monkeypatch):
+    library = OpenMP()
+    limit = blas.ThreadsOwnLimit((blas.Number(library.get, library.set),))
+    monkeypatch.setattr(blas, "_limits", lambda: (limit,))
+    meeting = threading.Barrier(2, timeout=30)
+
+    def work(_):
+        meeting.wait()  # two threads take part
+        return library.get()
+
+    assert for_blocks(work, 2, 1) == [1, 1]
+    assert library.get() == 2
+    with one_blas_thread, ThreadPoolExecutor(1) as pool:
+        assert pool.submit(library.get).result() == 2  # a thread outside of the engine
+        assert threads.threads() == 2
+    assert library.get() == 2
+    gc.collect()
