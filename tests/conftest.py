@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import one_thread  # noqa: F401 - before NumPy
+
+# isort: split
+
 import os
 
 import hypothesis

@@ -1,6 +1,5 @@
 """BLAS computes on one thread inside the engine, and has its user's number outside."""
 
-import gc
 import os
 import subprocess
 import sys
@@ -25,6 +24,9 @@ from minihyperflows.lab.workers import THREAD_VARIABLES
 
 needs_blas = pytest.mark.skipif(not blas_libraries(), reason="no BLAS library tells its number")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+
+
+AT_FIRST = blas_threads()
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +166,7 @@ def test_setting_the_number_inside_waits_for_the_end():
 
 @needs_blas
 def test_an_error_puts_the_number_back():
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="matmul"):
         products.matmul(np.ones((2, 3)), np.ones((2, 3)))
     with pytest.raises(ZeroDivisionError):
         for_blocks(lambda _: 1 / 0, 4, 1)
@@ -263,6 +265,12 @@ def test_the_environment_says_how_many(number):
     assert answer.stdout.split() == [str(number)]
 
 
+@needs_blas
+def test_the_tests_compute_on_one_thread_unless_told_otherwise():
+    """tests/one_thread.py comes before NumPy."""
+    assert int(os.environ["OPENBLAS_NUM_THREADS"]) >= AT_FIRST
+
+
 def test_without_a_library_that_tells(monkeypatch):
     monkeypatch.setattr(blas, "_limits", lambda: ())
     assert threads.threads() == 1
@@ -300,4 +308,3 @@ def test_a_library_with_a_number_for_every_thread(monkeypatch):
         assert pool.submit(library.get).result() == 2  # a thread outside of the engine
         assert threads.threads() == 2
     assert library.get() == 2
-    gc.collect()

@@ -66,7 +66,7 @@ def test_one_row(rng, shape, small_blocks):
 
 @pytest.fixture
 def helped(monkeypatch):
-    """How many helpers each call of the pool asked for."""
+    """For each operation that the pool shared: how many blocks it had."""
     asked = []
     share = threads._share
 
