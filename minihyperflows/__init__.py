@@ -15,6 +15,7 @@ The floors, in reading order; each imports only from those before it:
 from minihyperflows import flows, functional, nn, related, testing
 from minihyperflows.engine import (
     DeviceError,
+    DoubtfulResultWarning,
     Function,
     GraphError,
     NonFiniteLossError,
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DeviceError",
+    "DoubtfulResultWarning",
     "Function",
     "GraphError",
     "NonFiniteLossError",

@@ -41,7 +41,7 @@ def test_the_main_job_in_short(tmp_path):
         (["prune", "nonsense"], ["unknown recipe", "lenet300-digits"]),
         (["prune", "--target-sparsity", "98"], ["between 0 and 1", "98"]),
         (["prune", "--epochs-scale", "0"], ["positive"]),
-        (["prune", "--gamma", "-1"], ["a pressure gamma is a number from 0 on, not -1"]),
+        (["prune", "--gamma", "-1"], ["pressure.gamma is a number from 0 on, or null, not -1"]),
         (["prune", "--gamma", "1", "--target-sparsity", "0.9"], ["aims at no sparsity"]),
         (["prune", "--set", "pruning.epoch=3"], ["no field 'pruning.epoch'"]),
         (["prune", "lenet300-mnist", "--data-dir", "nowhere"], ["nowhere"]),

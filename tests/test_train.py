@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from minihyperflows import NonFiniteLossError, ShapeError, flows, lab, nn
+from minihyperflows import NonFiniteLossError, ShapeError, flows, lab, models, nn
 from minihyperflows.lab.recipes import PresenceTraining, PressureSettings, Regrowth, WeightTraining
 from minihyperflows.lab.train import trainable
 
@@ -169,7 +169,7 @@ def test_more_updates_than_batches_are_all_made(data):
 def test_batch_norm_scales_can_stay_frozen():
     rng = np.random.default_rng(0)
     recipe = lab.RECIPES["vgg19-cifar10"]
-    net = lab.train.__globals__["models"].vgg13(width=0.05, rng=rng)
+    net = models.vgg13(width=0.05, rng=rng)
     everything = trainable(net, recipe)
     frozen = trainable(net, dataclasses.replace(recipe, train_bn_scale=False))
     assert len(everything) - len(frozen) == 10  # one scale for each of ten convolutions

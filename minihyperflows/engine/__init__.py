@@ -7,12 +7,19 @@ again) and ``backend``, the one place that knows about GPUs.
 """
 
 from minihyperflows.engine.backend import cuda_available
-from minihyperflows.engine.errors import DeviceError, GraphError, NonFiniteLossError, ShapeError
+from minihyperflows.engine.errors import (
+    DeviceError,
+    DoubtfulResultWarning,
+    GraphError,
+    NonFiniteLossError,
+    ShapeError,
+)
 from minihyperflows.engine.graph import Function, no_grad
 from minihyperflows.engine.tensor import Tensor, apply
 
 __all__ = [
     "DeviceError",
+    "DoubtfulResultWarning",
     "Function",
     "GraphError",
     "NonFiniteLossError",

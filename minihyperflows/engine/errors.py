@@ -17,3 +17,7 @@ class GraphError(RuntimeError):
 
 class NonFiniteLossError(ArithmeticError):
     """A loss that is NaN or infinite, found before its gradient could do harm."""
+
+
+class DoubtfulResultWarning(UserWarning):
+    """What was computed is right, and probably not what was meant."""

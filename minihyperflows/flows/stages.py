@@ -6,13 +6,17 @@ so that removed weights with enough flux come back (chapter 09).
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from numbers import Real
 
 from minihyperflows.engine.backend import Array, xp_of
+from minihyperflows.engine.errors import DoubtfulResultWarning
 from minihyperflows.flows.gate import count_present, is_present, presences
 from minihyperflows.nn import Module
 from minihyperflows.nn.counting import kept_weights
+
+FAR = 0.1  # of the weights: a landing that moves more is doubtful
 
 DENSE, PRUNING, REGROWTH = STAGES = ("dense", "pruning", "regrowth")
 
@@ -69,6 +73,9 @@ def land(net: Module, target_density: float) -> int:
     Raises:
         ValueError: ``target_density`` is not a fraction, there are no gates, or a t is NaN, which
             has no rank.
+
+    Warns:
+        DoubtfulResultWarning: more than a tenth of the weights moved (:func:`far_landing`).
     """
     if not (isinstance(target_density, Real) and 0 <= target_density <= 1):
         raise ValueError(f"the density to land on is a fraction in [0, 1], not {target_density}")
@@ -79,11 +86,29 @@ def land(net: Module, target_density: float) -> int:
         if xp_of(t).isnan(t).any():
             raise ValueError(f"{name} holds NaN, which has no rank: has the training diverged?")
     arrays = list(named.values())
-    keep = kept_weights(float(target_density), sum(t.size for t in arrays))
+    total = sum(t.size for t in arrays)
+    keep = kept_weights(float(target_density), total)
     change = keep - sum(count_present(t) for t in arrays)
     if change:
         _move_threshold(arrays, change)
+    if warning := far_landing(change, total):
+        warnings.warn(warning, DoubtfulResultWarning, stacklevel=2)
     return change
+
+
+def far_landing(change: int, total: int) -> str | None:
+    """What is doubtful about a landing that moved ``change`` of ``total`` weights; None if nothing.
+
+    The rank by t says which weights are next to come or go while they are few. Of many at once it
+    says little, and the accuracy falls.
+    """
+    if abs(change) <= FAR * total:
+        return None
+    how = "brought back" if change > 0 else "removed"
+    return (
+        f"landing {how} {abs(change):,} of {total:,} weights at once, more than a tenth, which "
+        "costs accuracy: more pruning epochs, or updates_per_epoch, bring the density nearer"
+    )
 
 
 def _move_threshold(arrays: list[Array], change: int) -> None:

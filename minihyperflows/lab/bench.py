@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -94,7 +95,7 @@ class BenchSettings:
                 raise UserError(f"unknown network {name!r}: choose one of {', '.join(NETWORKS)}")
         for name in ("rounds", "batch", "width", "threads"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{name} must be a positive number, not {value:g}")
 
     @property

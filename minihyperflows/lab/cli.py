@@ -14,50 +14,51 @@ from typing import Any
 from tqdm import tqdm
 
 import minihyperflows
-from minihyperflows.engine import DeviceError
 from minihyperflows.engine.backend import require_gpu
 from minihyperflows.lab.bench import NETWORKS, BenchSettings, measure
 from minihyperflows.lab.bench_table import gpu_table, table
 from minihyperflows.lab.checkpoint import load_checkpoint, write_atomically, write_json
+from minihyperflows.lab.console import Parser, run_command, warn
 from minihyperflows.lab.data import NAMES
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.gpu_bench import GpuBenchSettings, measure_on_gpu
-from minihyperflows.lab.recipes import RECIPES, Recipe, find
+from minihyperflows.lab.networks import MODELS, options_of
+from minihyperflows.lab.ranges import Range, number, shown, whole
+from minihyperflows.lab.recipes import RECIPES, Recipe, fields_with_ranges, find, flat
 from minihyperflows.lab.records import collect, require_folder
 from minihyperflows.lab.runs import RunFolder, run, versions
 from minihyperflows.lab.sweep import SweepFolder, parse_gammas, run_sweep
 
 DEFAULT_RECIPE = "lenet300-digits"
+NOTHING = "nothing was written"
 RESUMES = "the same command continues from the last epoch"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 for a user's error, 130 when interrupted."""
-    options = build_parser().parse_args(arguments)
-    command: Callable[[argparse.Namespace], None] = options.command
-    try:
+    options = argparse.Namespace()
+
+    def work() -> None:
+        build_parser().parse_args(arguments, options)
+        command: Callable[[argparse.Namespace], None] = options.command
         command(options)
-    except (UserError, DeviceError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"interrupted: {options.after_interrupt}", file=sys.stderr)
-        return 130
-    return 0
+
+    return run_command(work, lambda: getattr(options, "after_interrupt", NOTHING))
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The commands and their options."""
-    parser = argparse.ArgumentParser(
-        prog="minihyperflows", description="Hyperflows pruning from scratch, in NumPy."
-    )
+    parser = Parser(prog="minihyperflows", description="Hyperflows pruning from scratch, in NumPy.")
     parser.add_argument("--version", action="version", version=minihyperflows.__version__)
-    parser.set_defaults(after_interrupt="nothing was written")
+    parser.set_defaults(after_interrupt=NOTHING)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_prune(commands)
     _add_sweep(commands)
     _add_bench(commands)
     recipes = commands.add_parser("recipes", help="list the recipes")
+    recipes.add_argument(
+        "--fields", action="store_true", help="list what every field of a recipe may be instead"
+    )
     recipes.set_defaults(command=list_recipes)
     info = commands.add_parser("info", help="print versions and whether a GPU can be used")
     info.set_defaults(command=print_info)
@@ -113,11 +114,11 @@ def _add_sweep(commands: Any) -> None:
     sweep.add_argument(
         "--gammas", required=True, metavar="G", help="2^-6:2^6 in octaves, 2^-6:2^6:2, or 0.5,1,2"
     )
-    sweep.add_argument("--seeds", type=int, default=1, metavar="K", help="0 ... K-1; default 1")
+    sweep.add_argument("--seeds", type=_count, default=1, metavar="K", help="0 ... K-1; default 1")
     sweep.add_argument(
-        "--workers", type=int, metavar="N", help="processes; default one a core, 1 on a GPU"
+        "--workers", type=_count, metavar="N", help="processes; default one a core, 1 on a GPU"
     )
-    sweep.add_argument("--threads", type=int, default=1, metavar="N", help="of a run; default 1")
+    sweep.add_argument("--threads", type=_count, default=1, metavar="N", help="of a run; default 1")
     sweep.add_argument("--scheduler", metavar="ADDRESS", help="of a Dask cluster to work instead")
     sweep.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder for them")
     sweep.add_argument(
@@ -164,29 +165,46 @@ def _add_bench(commands: Any) -> None:
     )
     bench.add_argument(
         "--rounds",
-        type=int,
+        type=_count,
         metavar="N",
         help=f"default {BenchSettings.rounds}; of epochs on a GPU, {GpuBenchSettings.rounds}",
     )
     bench.add_argument(
-        "--images", type=int, metavar="N", help="of an epoch on a GPU; default all 50,000"
+        "--images", type=_count, metavar="N", help="of an epoch on a GPU; default all 50,000"
     )
     bench.add_argument(
         "--data-dir", type=Path, metavar="DIR", help="CIFAR-10 for a GPU; default random images"
     )
-    bench.add_argument("--batch", type=int, metavar="N", help="default: each network's own")
-    bench.add_argument("--width", type=float, default=1.0, metavar="X", help="scales the channels")
-    bench.add_argument("--threads", type=int, metavar="N", help="default 2, or 1 on a single core")
+    bench.add_argument("--batch", type=_count, metavar="N", help="default: each network's own")
+    bench.add_argument(
+        "--width", type=_factor, default=1.0, metavar="X", help="scales the channels"
+    )
+    bench.add_argument(
+        "--threads", type=_count, metavar="N", help="default 2, or 1 on a single core"
+    )
     bench.add_argument("--no-torch", action="store_false", dest="torch", help="ours alone")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the record, samples too")
     bench.set_defaults(command=bench_networks, after_interrupt="run it again for the whole table")
 
 
-def _seed(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError("a seed is a whole number from 0 on")
-    return value
+def _of(range_: Range, convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The type of an option whose values are those of ``range_``."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = convert(text)
+        except ValueError:
+            value = text
+        if not range_.holds(value):
+            raise argparse.ArgumentTypeError(f"it is {range_.words}, not {shown(value)}")
+        return value
+
+    return parse
+
+
+_seed = _of(whole(0, 2**64 - 1), int)
+_count = _of(whole(1, 1_000_000), int)
+_factor = _of(number(above=0), float)
 
 
 # -- the commands --------------------------------------------------------------------------------
@@ -205,7 +223,8 @@ def prune_network(options: argparse.Namespace) -> None:
         recipe = dataclasses.replace(recipe, gpu_dtype=options.precision)
     out = options.out or default_folder(recipe, options.seed)
     folder = RunFolder(out)
-    if folder.summary.exists() and not options.no_resume:
+    finished = folder.summary.exists() and not options.no_resume
+    if finished:
         print(f"{out} is finished already; --no-resume runs it again")
     else:
         print(describe(recipe, options.seed))
@@ -218,6 +237,9 @@ def prune_network(options: argparse.Namespace) -> None:
         resume=not options.no_resume,
         dense_from=options.dense_from,
     )
+    if finished:  # of another one they were told when they came up
+        for text in summary.get("warnings", ()):
+            warn(text)
     print(summary_table(summary))
     print(f"records and plots: {out}")
 
@@ -244,7 +266,7 @@ def _field(text: str) -> tuple[str, Any]:
         raise UserError(f"--set {text} has no value: write FIELD=VALUE")
     try:
         return name, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return name, value
 
 
@@ -318,8 +340,11 @@ def summary_table(summary: dict[str, Any]) -> str:
     return "\n".join(["", *lines, "", f"{note}; {s['seconds']:.0f} s"])
 
 
-def list_recipes(_: argparse.Namespace) -> None:
+def list_recipes(options: argparse.Namespace) -> None:
     """``recipes``: name, target and length of each, and how it departs from the authors' code."""
+    if options.fields:
+        list_fields()
+        return
     for recipe in RECIPES.values():
         stages = recipe.timeline
         print(
@@ -328,6 +353,18 @@ def list_recipes(_: argparse.Namespace) -> None:
         )
         for deviation in recipe.deviations:
             print(f"{'':<26}- {deviation}")
+
+
+def list_fields() -> None:
+    """``recipes --fields``: the values that ``--set`` takes, beside those of the main job."""
+    values = flat(RECIPES[DEFAULT_RECIPE].to_json())
+    print(f"{'field':<28}{f'in {DEFAULT_RECIPE}':<22}what it may be")
+    for name, words in fields_with_ranges().items():
+        value = "" if name in ("deviations", "model_options") else json.dumps(values[name])
+        print(f"{name:<28}{value:<22}{words}")
+    for model in MODELS:
+        for name, range_ in options_of(model).items():
+            print(f"{f'model_options.{name}':<28}{'':<22}{range_.words} ({model})")
 
 
 def print_info(_: argparse.Namespace) -> None:

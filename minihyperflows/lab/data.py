@@ -23,7 +23,24 @@ from minihyperflows.lab.errors import FormatError, UserError
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int64]
 
-NAMES = ("digits", "shapes32", "mnist", "cifar10", "cifar100")
+
+@dataclass(frozen=True)
+class Images:
+    """What is known of a data set before it is read."""
+
+    shape: tuple[int, int, int]  # (H, W, C) of an image
+    classes: int
+    train: int  # images to train with
+
+
+IMAGES = {
+    "digits": Images((8, 8, 1), 10, 1_437),
+    "shapes32": Images((32, 32, 3), 10, 10_000),
+    "mnist": Images((28, 28, 1), 10, 60_000),
+    "cifar10": Images((32, 32, 3), 10, 50_000),
+    "cifar100": Images((32, 32, 3), 100, 50_000),
+}
+NAMES = tuple(IMAGES)
 FOLDER_VARIABLE = "MINIHYPERFLOWS_DATA"
 
 

@@ -2,20 +2,27 @@
 
 A recipe is a frozen dataclass; it is saved as ``recipe.json`` in every run's folder and read back
 from there. Where a recipe differs from the authors' code, its ``deviations`` say so, once.
+
+What each field may be stands beside it, once (:mod:`minihyperflows.lab.ranges`). A recipe outside
+its ranges, or with fields that contradict each other, cannot be made: the error lists all mistakes.
+``minihyperflows recipes --fields`` prints the ranges.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
-from minihyperflows.flows.scheduler import cosine
+from minihyperflows.flows.scheduler import base_after_rises, cosine
 from minihyperflows.flows.stages import Timeline
+from minihyperflows.lab import ranges
+from minihyperflows.lab.data import NAMES
 from minihyperflows.lab.errors import UserError
+from minihyperflows.lab.networks import MODELS, unknown_names
+from minihyperflows.lab.ranges import number, one_of, optional, plain, shown, whole, yes_or_no
 
 SCHEDULES = ("constant", "cosine", "multistep")
 
@@ -25,8 +32,16 @@ AFTER_DENSE = (
     *("authors_timeline", "deviations"),
 )
 
-# Fields with a number or nothing.
-OPTIONAL = ("target_sparsity", "pressure.floor", "pressure.gamma")
+# The density is measured, and the pressure changed, at most as often in a run.
+MOST_UPDATES = 1_000_000
+
+Epochs: TypeAlias = Annotated[int, whole(0, 1_000_000)]
+Rate: TypeAlias = Annotated[float, number(0)]
+Momentum: TypeAlias = Annotated[float, number(0, below=1)]
+Share: TypeAlias = Annotated[float, number(0, 1)]
+Flag: TypeAlias = Annotated[bool, yes_or_no()]
+Schedule: TypeAlias = Annotated[str, one_of(*SCHEDULES)]
+OptimizerName: TypeAlias = Annotated[str, one_of("adam", "sgd")]
 
 
 def scheduled_lr(schedule: str, start: float, end: float, done: float) -> float:
@@ -40,23 +55,37 @@ def scheduled_lr(schedule: str, start: float, end: float, done: float) -> float:
     raise UserError(f"unknown schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}")
 
 
+class Settings:
+    """A frozen dataclass whose values are checked, and kept as plain Python values."""
+
+    def __post_init__(self) -> None:
+        refuse(ranges.mistakes(type(self), vars(self)))
+        ranges.settle(self)
+
+
+def refuse(mistakes: Iterable[str]) -> None:
+    """Raise a UserError that lists the ``mistakes``, if there are any."""
+    if found := list(dict.fromkeys(mistakes)):
+        raise UserError("; ".join(found))
+
+
 @dataclass(frozen=True)
-class WeightTraining:
+class WeightTraining(Settings):
     """How the weights are trained during one stage.
 
     ``schedule``: "constant" at ``lr``; "cosine" from ``lr`` to ``end_lr``; "multistep", ``lr``
     divided by ten after half and again after three quarters of the epochs.
     """
 
-    epochs: int
-    lr: float
-    end_lr: float = 0.0
-    schedule: str = "constant"
-    optimizer: str = "adam"
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 0.0
-    label_smoothing: float = 0.0
+    epochs: Epochs
+    lr: Rate
+    end_lr: Rate = 0.0
+    schedule: Schedule = "constant"
+    optimizer: OptimizerName = "adam"
+    momentum: Momentum = 0.9
+    nesterov: Flag = False
+    weight_decay: Rate = 0.0
+    label_smoothing: Share = 0.0
 
     def lr_at(self, epoch: int) -> float:
         """The learning rate of ``epoch`` (from 1) of this stage."""
@@ -65,17 +94,17 @@ class WeightTraining:
 
 
 @dataclass(frozen=True)
-class PresenceTraining:
+class PresenceTraining(Settings):
     """How the presence parameters t are drawn and trained."""
 
-    init: tuple[float, float] = (0.2, 0.5)
-    optimizer: str = "adam"
-    lr: float = 1e-3
-    momentum: float = 0.9
+    init: Annotated[tuple[float, float], ranges.low_and_high()] = (0.2, 0.5)
+    optimizer: OptimizerName = "adam"
+    lr: Rate = 1e-3
+    momentum: Momentum = 0.9
 
 
 @dataclass(frozen=True)
-class PressureSettings:
+class PressureSettings(Settings):
     """The scheduler's settings (:class:`minihyperflows.flows.PressureScheduler`) and the floor.
 
     ``floor``: t at or below it feel no pressure; None for no floor. ``gamma``: a constant pressure
@@ -87,23 +116,16 @@ class PressureSettings:
     of 1 / ``updates_per_epoch`` epochs.
     """
 
-    step: float = 0.2
-    exponent: float = 1.5
-    aggressivity: float = 6.0
-    floor: float | None = None
-    gamma: float | None = None
-    updates_per_epoch: int = 1
-
-    def __post_init__(self) -> None:
-        updates = self.updates_per_epoch
-        if not isinstance(updates, int) or updates < 1:
-            raise UserError(f"updates_per_epoch must be a whole number from 1 on, not {updates!r}")
-        if self.gamma is not None and not 0 <= self.gamma < math.inf:
-            raise UserError(f"a pressure gamma is a number from 0 on, not {self.gamma:g}")
+    step: Annotated[float, number(above=0)] = 0.2
+    exponent: Annotated[float, number(above=0)] = 1.5
+    aggressivity: Annotated[float, number(0, 1000)] = 6.0
+    floor: Annotated[float | None, optional(number())] = None
+    gamma: Annotated[float | None, optional(number(0))] = None
+    updates_per_epoch: Annotated[int, whole(1, 10_000)] = 1
 
 
 @dataclass(frozen=True)
-class Regrowth:
+class Regrowth(Settings):
     """The stage without pressure; the weights' optimiser is that of the pruning stage.
 
     The learning rate of t is ``lr_scale * lr_decay ** k`` times that of the pruning stage in epoch
@@ -116,15 +138,15 @@ class Regrowth:
     code, and regrowth overshoots it.
     """
 
-    epochs: int
-    lr: float
-    end_lr: float
-    schedule: str = "cosine"
-    land: bool = True
-    share: float = 0.1
-    lr_scale: float = 1.0
-    lr_decay: float = 0.75
-    freeze_after: int = 50
+    epochs: Epochs
+    lr: Rate
+    end_lr: Rate
+    schedule: Schedule = "cosine"
+    land: Flag = True
+    share: Annotated[float, number(0, below=1)] = 0.1
+    lr_scale: Rate = 1.0
+    lr_decay: Share = 0.75
+    freeze_after: Annotated[int, whole(0)] = 50
 
     def lr_at(self, epoch: int, offset: int = 0) -> float:
         """The weights' learning rate in ``epoch`` (from 1); the authors start one step later."""
@@ -137,8 +159,21 @@ class Regrowth:
         return 0.0 if k >= self.freeze_after else self.lr_scale * self.lr_decay**k
 
 
+_TARGET = number(
+    above=0, below=1, words="the fraction of weights to remove, between 0 and 1 (0.95, say)"
+)
+_CPU_NOTE = " (half precision is for activations on a GPU: gpu_dtype)"
+PARTS: dict[str, type[Any]] = {
+    "dense": WeightTraining,
+    "pruning": WeightTraining,
+    "regrowth": Regrowth,
+    "presence": PresenceTraining,
+    "pressure": PressureSettings,
+}
+
+
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Settings):
     """One experiment: a network, a data set, and the three stages.
 
     ``target_sparsity`` is None under a constant pressure (``pressure.gamma``), which leads to a
@@ -148,42 +183,77 @@ class Recipe:
     and weights in use on a GPU, "float16" or "float32".
     """
 
-    name: str
-    model: str
-    dataset: str
+    name: Annotated[str, ranges.text()]
+    model: Annotated[str, ranges.text()]
+    dataset: Annotated[str, ranges.text()]
     dense: WeightTraining
     pruning: WeightTraining
     regrowth: Regrowth
-    target_sparsity: float | None
-    model_options: dict[str, Any] = field(default_factory=dict)
-    batch_size: int = 128
-    augment: bool = False
-    dtype: str = "float32"
-    gpu_dtype: str = "float16"
+    target_sparsity: Annotated[float | None, optional(_TARGET)]
+    model_options: Annotated[dict[str, Any], ranges.options()] = field(default_factory=dict)
+    batch_size: Annotated[int, whole(1)] = 128
+    augment: Flag = False
+    dtype: Annotated[str, one_of("float32", "float64", note=_CPU_NOTE)] = "float32"
+    gpu_dtype: Annotated[str, one_of("float16", "float32")] = "float16"
     presence: PresenceTraining = field(default_factory=PresenceTraining)
     pressure: PressureSettings = field(default_factory=PressureSettings)
-    train_bn_scale: bool = True
-    authors_timeline: bool = False
-    deviations: tuple[str, ...] = ()
+    train_bn_scale: Flag = True
+    authors_timeline: Flag = False
+    deviations: Annotated[tuple[str, ...], ranges.texts()] = ()
 
     def __post_init__(self) -> None:
-        if self.target_sparsity is None:
-            self._require_no_need_of_a_target()
-        elif not 0 < self.target_sparsity < 1:
-            raise UserError(
-                f"the target sparsity is the fraction of weights to remove, between 0 and 1 "
-                f"(0.95, say), not {self.target_sparsity:g}"
-            )
-        if self.gpu_dtype not in ("float16", "float32"):
-            raise UserError(f"a GPU computes in float16 or float32, not in {self.gpu_dtype}")
+        refuse(
+            f"{name} is a {kind.__name__}, not {shown(getattr(self, name))}"
+            for name, kind in PARTS.items()
+            if not isinstance(getattr(self, name), kind)
+        )
+        super().__post_init__()
+        refuse(self._contradictions())
 
-    def _require_no_need_of_a_target(self) -> None:
-        if self.pressure.gamma is None:
-            raise UserError("a recipe needs a target_sparsity, or a constant pressure.gamma")
-        if self.regrowth.epochs and self.regrowth.land:
-            raise UserError(
-                "regrowth lands on a target: set target_sparsity, or regrowth.land to false"
+    def _contradictions(self) -> Iterator[str]:
+        """A sentence for every two fields, each in its range, that do not go together."""
+        target, pressure, regrowth = self.target_sparsity, self.pressure, self.regrowth
+        if target is None and pressure.gamma is None:
+            yield "a recipe needs a target_sparsity, or a constant pressure.gamma"
+        if target is None and regrowth.epochs and regrowth.land:
+            yield "regrowth lands on a target: set target_sparsity, or regrowth.land to false"
+        if target is not None and not self.aim < 1:
+            yield f"target_sparsity {target!r} leaves nothing of any network: choose a lower one"
+        if self.pruning.epochs < 1:
+            yield "pruning.epochs is at least 1: only weights that feel pressure are removed"
+        if self.authors_timeline and regrowth.epochs < 1:
+            yield "authors_timeline takes an epoch from regrowth: regrowth.epochs is 1 or more"
+        for name, stage in (("dense", self.dense), ("pruning", self.pruning)):
+            if stage.optimizer == "sgd" and stage.nesterov and not stage.momentum:
+                yield f"{name}.nesterov needs a {name}.momentum above 0"
+        if pressure.gamma is None:
+            yield from self._scheduler_out_of_range()
+
+    def _scheduler_out_of_range(self) -> Iterator[str]:
+        updates = self.pruning.epochs * self.pressure.updates_per_epoch
+        if updates > MOST_UPDATES:
+            yield (
+                f"pruning.epochs times pressure.updates_per_epoch is at most {MOST_UPDATES:,}, "
+                f"not {updates:,}"
             )
+            return
+        try:
+            highest = base_after_rises(updates, self.pressure.step) ** self.pressure.exponent
+        except OverflowError:
+            highest = float("inf")
+        if not ranges.is_finite(highest):
+            yield (
+                f"a pressure that rises {updates} times passes the largest float32: lower "
+                f"pressure.step ({self.pressure.step:g}) or exponent ({self.pressure.exponent:g})"
+            )
+
+    @property
+    def aim(self) -> float:
+        """The sparsity that the pruning stage aims at: below the target if regrowth lands on it."""
+        density = 1 - (self.target_sparsity or 0.0)
+        if self.regrowth.land and self.regrowth.epochs:
+            density *= 1 - self.regrowth.share
+        return 1 - density
 
     @property
     def timeline(self) -> Timeline:
@@ -210,15 +280,10 @@ class Recipe:
         """The same network under the constant pressure ``gamma``: no target, no regrowth stage.
 
         Raises:
-            UserError: the recipe has no stage under pressure.
+            UserError: gamma is no number from 0 on.
         """
-        if self.pruning.epochs < 1:
-            raise UserError(f"{self.name} has no stage under pressure: choose a recipe that has")
-        return dataclasses.replace(
-            self,
-            target_sparsity=None,
-            pressure=dataclasses.replace(self.pressure, gamma=float(gamma)),
-            regrowth=dataclasses.replace(self.regrowth, epochs=0),
+        return self.with_fields(
+            {"target_sparsity": None, "pressure.gamma": gamma, "regrowth.epochs": 0}
         )
 
     def with_fields(self, fields: Mapping[str, Any]) -> Recipe:
@@ -228,26 +293,34 @@ class Recipe:
             fields: by dotted name, ``{"presence.optimizer": "sgd", "pressure.floor": -0.3}``.
 
         Raises:
-            UserError: there is no such field, or the value is of another type.
+            UserError: there is no such field, or a value is outside its range; lists all mistakes.
         """
         values = json.loads(json.dumps(self.to_json()))
+        known = flat(values)
+        wrong = []
         for name, value in fields.items():
             *path, last = name.split(".")
             part = values
             for step in path:
                 part = part.get(step) if isinstance(part, dict) else None
-            known = flat(values)
-            if not isinstance(part, dict) or (name not in known and path != ["model_options"]):
-                raise UserError(f"a recipe has no field {name!r}; it has {', '.join(known)}")
-            if last in part and not _same_kind(name, part[last], value):
-                raise UserError(f"{name} is {part[last]!r}; {value!r} is no value of that kind")
-            part[last] = value
+            if isinstance(part, dict) and last and (name in known or path == ["model_options"]):
+                part[last] = plain(value)
+            else:
+                wrong.append(f"a recipe has no field {shown(name)}; it has {', '.join(known)}")
+        wrong += _mistakes(values)
+        if any(name.startswith(("model", "dataset")) for name in fields):
+            names = values["model"], values["dataset"], values["model_options"]
+            wrong += unknown_names(*names)
+        refuse(wrong)
         return Recipe.from_json(values)
 
     def scaled(self, factor: float) -> Recipe:
         """The same experiment with every stage ``factor`` times as long (at least one epoch)."""
-        if not factor > 0:
-            raise UserError(f"the epochs can only be scaled by a positive factor, not {factor:g}")
+        factor = plain(factor)
+        if not number(above=0).holds(factor):
+            raise UserError(
+                f"the epochs can only be scaled by a positive factor, not {shown(factor)}"
+            )
 
         def longer(stage: Any) -> Any:
             epochs = max(1, round(stage.epochs * factor)) if stage.epochs else 0
@@ -275,22 +348,45 @@ class Recipe:
         Fields that are missing, because an older version wrote the file, have their defaults.
 
         Raises:
-            UserError: an unknown field, so a newer version wrote the file.
+            UserError: an unknown field, so a newer version wrote the file; one that is missing and
+                has no default; a value outside its range; fields that contradict each other.
         """
-        parts = {
-            "dense": WeightTraining,
-            "pruning": WeightTraining,
-            "regrowth": Regrowth,
-            "presence": PresenceTraining,
-            "pressure": PressureSettings,
-        }
-        try:
-            values = {k: parts[k](**v) if k in parts else v for k, v in values.items()}
-            presence = values["presence"]
-            values["presence"] = dataclasses.replace(presence, init=tuple(presence.init))
-            return Recipe(**values | {"deviations": tuple(values["deviations"])})
-        except (TypeError, KeyError) as error:
-            raise UserError(f"this recipe is not one of this version: {error}") from error
+        refuse(_mistakes(values))
+        parts = {k: PARTS[k](**v) if k in PARTS else v for k, v in values.items()}
+        return Recipe(**parts)
+
+
+def _mistakes(values: Any) -> Iterator[str]:
+    """A sentence for everything that is wrong in a recipe's JSON values, field by field."""
+    if not isinstance(values, dict):
+        yield f"this recipe is not one of this version: it is {shown(values)} and has no fields"
+        return
+    groups: list[tuple[str, type[Any], Any]] = [("", Recipe, values)]
+    groups += [(f"{name}.", kind, values[name]) for name, kind in PARTS.items() if name in values]
+    for prefix, kind, group in groups:
+        if not isinstance(group, dict):
+            yield f"{prefix[:-1]} is a group of fields, not {shown(group)}"
+            continue
+        names = [f.name for f in dataclasses.fields(kind)]
+        for name in group:
+            if name not in names:
+                yield f"this recipe is not one of this version: unknown field {prefix}{name}"
+        for name in ranges.required(kind):
+            if name not in group:
+                yield f"this recipe is not one of this version: {prefix}{name} is missing"
+        yield from ranges.mistakes(kind, group, prefix)
+
+
+def fields_with_ranges() -> dict[str, str]:
+    """What every field of a recipe may be, by dotted name, in words."""
+    result: dict[str, str] = {}
+    for f in dataclasses.fields(Recipe):
+        if f.name in PARTS:
+            part = ranges.ranges_of(PARTS[f.name])
+            result |= {f"{f.name}.{name}": range_.words for name, range_ in part.items()}
+        else:
+            result[f.name] = ranges.ranges_of(Recipe)[f.name].words
+    return result | {"model": ranges.either(tuple(MODELS)), "dataset": ranges.either(NAMES)}
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -300,15 +396,6 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         nested = isinstance(value, dict)
         result |= flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
     return result
-
-
-def _same_kind(name: str, old: Any, new: Any) -> bool:
-    """Whether ``new`` can stand where ``old`` does in a recipe's JSON file."""
-    if new is None:
-        return name in OPTIONAL
-    if old is None or isinstance(old, float):
-        return isinstance(new, int | float) and not isinstance(new, bool) and math.isfinite(new)
-    return type(old) is type(new)
 
 
 def find(name: str) -> Recipe:

@@ -39,6 +39,7 @@ from minihyperflows.lab.checkpoint import (
     write_atomically,
     write_json,
 )
+from minihyperflows.lab.checks import require_usable
 from minihyperflows.lab.data import Dataset, load
 from minihyperflows.lab.errors import OutOfTimeError, UserError
 from minihyperflows.lab.recipes import RECIPES, Recipe, find, flat
@@ -159,6 +160,7 @@ def run(
         summary = read_json(folder.summary)
         _require_same(folder, summary, recipe, seed, device)
         return summary
+    require_usable(recipe, device)
     data = load(recipe.dataset, data_dir)
     save_every = SECONDS_BETWEEN_CHECKPOINTS if save_every is None else save_every
     trainer = _new_trainer(recipe, data, seed, device)
@@ -396,6 +398,7 @@ def summarise(
         "sparsity_before_regrowth": 1 - pruned.density,
         "accuracy_before_regrowth": pruned.test_accuracy,
         "landed_by": trainer.landed_by,
+        "warnings": trainer.warnings,
         "weights": weights,
         "remaining": remaining,
         "flops_dense": sum(dense.values()),

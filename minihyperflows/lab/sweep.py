@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from minihyperflows.engine.backend import to_device
 from minihyperflows.lab.checkpoint import read_json, write_json
+from minihyperflows.lab.checks import require_usable
 from minihyperflows.lab.cluster import Cluster
 from minihyperflows.lab.data import load
 from minihyperflows.lab.errors import UserError
@@ -34,6 +35,8 @@ from minihyperflows.lab.workers import (
     Processes,
     supervise,
 )
+
+MOST_RUNS = 100_000  # of a sweep: more is a slip, which would take hours to be noticed
 
 # -- gammas --------------------------------------------------------------------------------------
 
@@ -62,7 +65,9 @@ def _parse_part(part: str) -> list[float]:
     step = _parse_value(others[1]) if others[1:] else 1.0
     if start <= 0 or step <= 0 or end < start:
         raise UserError(f"the range {part} must go up from a gamma above 0, in steps above 0")
-    steps = math.log2(end / start) / step
+    steps = (math.log2(end) - math.log2(start)) / step
+    if steps > MOST_RUNS:
+        raise UserError(f"the range {part} has more than {MOST_RUNS:,} gammas")
     if abs(steps - round(steps)) > 1e-9:
         raise UserError(f"the range {part} does not end on a step of {step:g} octaves from {first}")
     return [start * 2 ** (k * step) for k in range(round(steps) + 1)]
@@ -195,6 +200,8 @@ def run_sweep(
     data_dir = None if data_dir is None else Path(data_dir).absolute()
     if min(seeds, workers, threads) < 1 or not gammas:
         raise UserError("a sweep needs at least one gamma, one seed, one worker and one thread")
+    if len(gammas) * seeds > MOST_RUNS:
+        raise UserError(f"a sweep has at most {MOST_RUNS:,} runs, not {len(gammas) * seeds:,}")
     attempts = [
         Attempt(
             recipe=recipe.with_gamma(gamma),
@@ -211,6 +218,7 @@ def run_sweep(
     table = folder.table if record is None else Path(record)
     if record is not None:
         require_folder(table)
+    require_usable(attempts[0].recipe, device)
     if scheduler is None:
         _try_here(recipe, data_dir, device)
     pool: Pool = Processes(workers) if scheduler is None else Cluster(scheduler)

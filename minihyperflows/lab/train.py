@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from typing import Any
@@ -13,18 +14,22 @@ import numpy as np
 
 from minihyperflows import flows
 from minihyperflows import functional as F
-from minihyperflows.engine import NonFiniteLossError, Tensor, no_grad
+from minihyperflows.engine import DoubtfulResultWarning, NonFiniteLossError, Tensor, no_grad
 from minihyperflows.engine.backend import to_device
 from minihyperflows.engine.gpu.update import Counter
+from minihyperflows.flows.gate import counts
 from minihyperflows.flows.recorder import FlowRecorder, LayerFlow
-from minihyperflows.flows.stages import DENSE, PRUNING, REGROWTH, land
+from minihyperflows.flows.stages import DENSE, PRUNING, REGROWTH, far_landing, land
 from minihyperflows.lab.augment import crop_and_flip
+from minihyperflows.lab.checks import gateable, require_trainable
 from minihyperflows.lab.data import Dataset, normalise
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.gpu_epochs import GpuEpochs, Steering
+from minihyperflows.lab.networks import build
 from minihyperflows.lab.prefetch import prefetch
 from minihyperflows.lab.recipes import PresenceTraining, Recipe, WeightTraining, find
-from minihyperflows.nn import BatchNorm2d, Module, Parameter, models, optim
+from minihyperflows.nn import BatchNorm2d, Module, Parameter, optim, weight_groups
+from minihyperflows.nn.counting import kept_weights
 from minihyperflows.nn.restore import in_mode
 
 EVALUATION_BATCH = 500
@@ -99,13 +104,7 @@ def train(
 
 def build_network(recipe: Recipe, data: Dataset, rng: np.random.Generator) -> Module:
     """The recipe's network for the images and classes of ``data``, with fresh weights."""
-    build = getattr(models, recipe.model, None)
-    if build is None:
-        raise UserError(f"recipe {recipe.name!r} asks for an unknown model {recipe.model!r}")
-    options: dict[str, Any] = {"num_classes": len(data.classes), **recipe.model_options}
-    if recipe.model == "lenet300":
-        options["in_features"] = int(np.prod(data.train_x.shape[1:]))
-    return build(rng=rng, dtype=np.dtype(recipe.dtype), **options)
+    return build(recipe, len(data.classes), data.train_x.shape[1:], rng)
 
 
 def evaluate(net: Module, data: Dataset) -> float:
@@ -143,8 +142,11 @@ class Trainer:
         self.density = 1.0
         self.density_before_regrowth = 1.0
         self.landed_by: int | None = None  # weights moved by flows.land; None until it has run
+        self.warnings: list[str] = []  # of this run, each once
         if flows.presences(net):
             raise ValueError("the network has gates already: training starts with a dense one")
+        require_trainable(net, recipe, data.train_x.shape[1:], len(data.train_y))
+        self._warn(few_weights(net, recipe))
         self.weight_optimizer = make_optimizer(trainable(net, recipe), recipe.dense)
         self.presence_optimizer: optim.Optimizer | None = None
         self.recorder: FlowRecorder | None = None
@@ -174,8 +176,10 @@ class Trainer:
         layers = self._layer_flows()
         if stage != DENSE:
             self.density = flows.density(self.net)
-        if self.gpu and self.finished:
-            self.gpu.release()
+        if self.finished:
+            self._warn(empty_layers(self.net))
+            if self.gpu:
+                self.gpu.release()
         return EpochRecord(
             epoch=self.epoch,
             stage=stage,
@@ -375,11 +379,26 @@ class Trainer:
         target = self._target_density
         if self.recipe.regrowth.land and self.presence_optimizer and target is not None:
             self.landed_by = land(self.net, target)
+            self._note(far_landing(self.landed_by, gateable(self.net)))
             self.presence_optimizer.lr = 0.0
             if self.recorder:
                 self.recorder.observe_step()
             if self.gpu:
                 self.gpu.refresh()
+
+    # -- warnings --------------------------------------------------------------------------------
+
+    def _warn(self, text: str | None) -> None:
+        """Give a warning, unless there is none or it has been given before."""
+        if text and self._note(text):
+            warnings.warn(text, DoubtfulResultWarning, stacklevel=3)
+
+    def _note(self, text: str | None) -> bool:
+        """Keep a warning for the run's summary; whether it is a new one."""
+        is_new = text is not None and text not in self.warnings
+        if text is not None and is_new:
+            self.warnings.append(text)
+        return is_new
 
     # -- saving and loading ----------------------------------------------------------------------
 
@@ -395,6 +414,7 @@ class Trainer:
             "density": self.density,
             "density_before_regrowth": self.density_before_regrowth,
             "landed_by": self.landed_by,
+            "warnings": self.warnings,
             "gated": self.presence_optimizer is not None,
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "rng": self.rng.bit_generator.state,
@@ -420,6 +440,36 @@ class Trainer:
         self.epoch, self.density = int(values["epoch"]), float(values["density"])
         self.density_before_regrowth = float(values["density_before_regrowth"])
         self.landed_by = values["landed_by"]
+        for text in values.get("warnings", ()):  # older checkpoints have none
+            self._note(text)
+
+
+def few_weights(net: Module, recipe: Recipe) -> str | None:
+    """What is doubtful about the recipe's target for so small a network; None if nothing."""
+    if recipe.target_sparsity is None:
+        return None
+    kept = kept_weights(1 - recipe.target_sparsity, gateable(net))
+    layers = len(weight_groups(net))
+    if kept >= layers:
+        return None
+    return (
+        f"target_sparsity {recipe.target_sparsity!r} leaves {kept} weights for {layers} layers: "
+        "one of them at least will be empty"
+    )
+
+
+def empty_layers(net: Module) -> str | None:
+    """Which layers of ``net`` have lost all their weights, in a sentence; None if none has."""
+    per_layer = counts(net)
+    empty = [name for name, (present, _) in per_layer.items() if not present]
+    if not empty:
+        return None
+    if len(empty) == len(per_layer):
+        return "no weight is left: the network gives the same answer whatever it sees"
+    return (
+        f"no weight is left in {', '.join(empty)}: nothing of what reaches a layer without weights "
+        "gets through; a lower target or pressure leaves some"
+    )
 
 
 def gpu_epochs(net: Module, data: Dataset, recipe: Recipe) -> GpuEpochs | None:
@@ -448,12 +498,9 @@ def pressure_scheduler(recipe: Recipe) -> flows.PressureScheduler | None:
     None if the pressure is constant."""
     if recipe.pressure.gamma is not None or recipe.target_sparsity is None:
         return None
-    density = 1 - recipe.target_sparsity
-    if recipe.regrowth.land and recipe.regrowth.epochs:
-        density *= 1 - recipe.regrowth.share
     settings = recipe.pressure
     return flows.PressureScheduler(
-        1 - density,
+        recipe.aim,
         recipe.pruning.epochs * settings.updates_per_epoch,
         settings.step,
         settings.exponent,

@@ -35,7 +35,6 @@ takes over the runs of other files, and does none.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import io
 import statistics
@@ -57,6 +56,7 @@ from minihyperflows.flows.law import mean_half_width
 from minihyperflows.flows.scheduler import cosine, density_trajectory
 from minihyperflows.flows.stages import PRUNING
 from minihyperflows.lab.checkpoint import write_atomically
+from minihyperflows.lab.console import Parser
 from minihyperflows.lab.data import Dataset, load, normalise
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import Recipe, find
@@ -422,9 +422,7 @@ def source(recipe: Recipe, method: str, sparsity: float, seed: int) -> Row:
 @reporting()
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {MODULE}", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = Parser(prog=f"python -m {MODULE}", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--recipe", choices=tuple(RECIPES), default="lenet300-mnist")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeAlias
 
-from minihyperflows.engine import DeviceError
+from minihyperflows.lab.console import run_command
 from minihyperflows.lab.errors import UserError
 
+CONTINUES = "finished runs are recorded, and the same command continues"
 DIGITS = 6  # of a fraction; tables keep as many or more
 
 
@@ -42,21 +43,23 @@ def parse_fraction(text: str, whole: bool = False) -> float:
     return value
 
 
-@contextmanager
-def reporting() -> Iterator[None]:
+Main: TypeAlias = Callable[..., None]
+
+
+def reporting() -> Callable[[Main], Main]:
     """Says in one line what was wrong (exit status 2), or that the work was interrupted (130).
 
     For the ``main`` of a study, as a decorator: ``@reporting()``. A study records run by run, so
-    after an interruption only the run in progress has to be repeated.
+    after an interruption only the run in progress has to be repeated. See
+    :func:`minihyperflows.lab.console.run_command`.
     """
-    try:
-        yield
-    except (UserError, DeviceError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print(
-            "interrupted: finished runs are recorded, and the same command continues",
-            file=sys.stderr,
-        )
-        raise SystemExit(130) from None
+
+    def decorate(main: Main) -> Main:
+        @wraps(main)
+        def reported(*arguments: Any, **options: Any) -> None:
+            if status := run_command(lambda: main(*arguments, **options), lambda: CONTINUES):
+                raise SystemExit(status)
+
+        return reported
+
+    return decorate

@@ -15,7 +15,6 @@ With ``--unfinished`` also runs that have not come to their end, as far as they 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -23,6 +22,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from minihyperflows.lab.checkpoint import load_checkpoint
+from minihyperflows.lab.console import Parser
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import Recipe
 from minihyperflows.lab.records import settings, write_records
@@ -79,7 +79,7 @@ def _mean_flux(layers: dict[str, Row], arrays: dict[str, np.ndarray]) -> float:
 @reporting()
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__)
+    parser = Parser(prog=f"python -m {MODULE}", description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     parser.add_argument("--unfinished", action="store_true", help="take unfinished runs too")

@@ -61,6 +61,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from minihyperflows.lab.console import Parser
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.runs import gpu_versions, provenance
 from minihyperflows.lab.studies.command import parse_fraction, parse_seed, reporting
@@ -327,9 +328,7 @@ def run_study(options: argparse.Namespace) -> None:
 @reporting()
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {MODULE}", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = Parser(prog=f"python -m {MODULE}", description=(__doc__ or "").splitlines()[0])
     names = [name for variants in PARTS.values() for name in variants]
     add = parser.add_argument
     add("--networks", nargs="+", choices=tuple(EXPERIMENTS), default=["mlp-digits"])

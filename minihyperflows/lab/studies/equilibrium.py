@@ -38,6 +38,7 @@ from minihyperflows.engine import Tensor
 from minihyperflows.flows.gate import is_present
 from minihyperflows.flows.recorder import LayerFlow
 from minihyperflows.lab.checkpoint import load_checkpoint, read_json
+from minihyperflows.lab.console import Parser
 from minihyperflows.lab.data import Dataset, load, normalise
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import Recipe, find
@@ -232,7 +233,7 @@ _identity = itemgetter(*IDENTITY)
 @reporting()
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__)
+    parser = Parser(prog=f"python -m {MODULE}", description=__doc__)
     parser.add_argument("recipe", nargs="?", help="for example lenet300-digits-gamma")
     parser.add_argument("--gammas", default="2^-6:2^6:2", help="as for minihyperflows sweep")
     parser.add_argument("--seeds", type=parse_seed, nargs="+", default=[0])

@@ -33,6 +33,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from minihyperflows.lab.console import Parser
 from minihyperflows.lab.data import Dataset, load
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.records import join_records, records_so_far, write_records
@@ -232,9 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options; None where the part decides."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {MODULE}", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = Parser(prog=f"python -m {MODULE}", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--part", choices=tuple(PARTS), default="weights")
     parser.add_argument("--dataset", help="digits or mnist; for filters cifar10 or shapes32")
     for name in ("networks", "scores"):

@@ -38,7 +38,6 @@ been empty through a whole level of pressure.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -54,6 +53,7 @@ from tqdm import tqdm
 from minihyperflows.flows.gate import gated_layers, is_present
 from minihyperflows.flows.stages import PRUNING
 from minihyperflows.lab.checkpoint import load_checkpoint, save_checkpoint
+from minihyperflows.lab.console import Parser
 from minihyperflows.lab.data import Dataset, load
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import Recipe, find
@@ -563,7 +563,7 @@ def write_tables(study: Study) -> None:
 @reporting()
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; see the module's text."""
-    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}")
+    parser = Parser(prog=f"python -m {MODULE}")
     parser.add_argument("action", choices=("run", "tables"))
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of a run: {', '.join(RUNS)}")
     parser.add_argument("--recipe", default="lenet300-mnist")

@@ -51,6 +51,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minihyperflows.flows.law import mean_half_width
+from minihyperflows.lab.console import Parser
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.records import join_records, read_records, write_records
 from minihyperflows.lab.runs import provenance
@@ -254,9 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {MODULE}", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = Parser(prog=f"python -m {MODULE}", description=(__doc__ or "").splitlines()[0])
     methods = tuple(dict.fromkeys(itertools.chain(*METHODS.values())))
     levels = tuple(level or "whole" for level in METHODS)
     add = parser.add_argument

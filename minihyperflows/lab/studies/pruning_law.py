@@ -57,6 +57,7 @@ from minihyperflows.flows.gate import gated_layers, is_present
 from minihyperflows.flows.law import mean_half_width
 from minihyperflows.flows.stages import PRUNING
 from minihyperflows.lab.checkpoint import load_checkpoint, save_checkpoint
+from minihyperflows.lab.console import Parser
 from minihyperflows.lab.data import Dataset, load
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import Recipe, find
@@ -505,9 +506,7 @@ def join(files: Sequence[Path], out: Path) -> None:
 @reporting()
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; see the module's text."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {MODULE}", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = Parser(prog=f"python -m {MODULE}", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--recipe", choices=tuple(SETTINGS), default="lenet300-digits")
     parser.add_argument("--methods", "--method", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--seeds", type=parse_seed, nargs="+", default=[0])

@@ -25,7 +25,6 @@ rows of files made by other processes are taken over first.
 
 from __future__ import annotations
 
-import argparse
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,6 +35,7 @@ from tqdm import tqdm
 
 from minihyperflows import flows
 from minihyperflows.flows.gate import gated_layers, is_present
+from minihyperflows.lab.console import Parser
 from minihyperflows.lab.data import Dataset, load
 from minihyperflows.lab.recipes import Recipe, find
 from minihyperflows.lab.records import Record
@@ -448,7 +448,7 @@ def _order(row: Row) -> tuple[Any, ...]:
 @reporting()
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__)
+    parser = Parser(prog=f"python -m {MODULE}", description=__doc__)
     parser.add_argument("--dataset", choices=tuple(_DATASETS), default="mnist")
     parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=tuple(VARIANTS))
     parser.add_argument("--seeds", type=parse_seed, nargs="+", default=SEEDS)

@@ -15,7 +15,6 @@ A seed that is in the table already is not measured again.
 
 from __future__ import annotations
 
-import argparse
 import math
 import shlex
 import sys
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 from minihyperflows.flows.gate import KAPPA, gated_layers, is_present
 from minihyperflows.flows.stages import DENSE, PRUNING
+from minihyperflows.lab.console import Parser
 from minihyperflows.lab.data import Dataset, load, normalise
 from minihyperflows.lab.recipes import RECIPES, Recipe, find
 from minihyperflows.lab.records import records_so_far, write_records
@@ -401,7 +401,7 @@ def study(
 @reporting()
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; see the module's text."""
-    parser = argparse.ArgumentParser(prog="python -m minihyperflows.lab.studies.removal")
+    parser = Parser(prog="python -m minihyperflows.lab.studies.removal")
     parser.add_argument("--recipe", default="lenet300-mnist", choices=sorted(RECIPES))
     parser.add_argument("--data-dir")
     parser.add_argument("--epochs-scale", type=float, default=0.5)

@@ -13,7 +13,6 @@ it stopped. All runs with the same network and seed begin with the same dense ne
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +26,7 @@ from tqdm import tqdm
 from minihyperflows import nn
 from minihyperflows.flows.scheduler import PressureScheduler
 from minihyperflows.flows.stages import PRUNING, REGROWTH
+from minihyperflows.lab.console import Parser
 from minihyperflows.lab.data import Dataset, load
 from minihyperflows.lab.recipes import Recipe, find
 from minihyperflows.lab.records import records_so_far, write_records
@@ -232,7 +232,7 @@ def run_study(
 @reporting()
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the CSV file, continued if there")
     parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=tuple(SETTINGS))
     parser.add_argument("--targets", nargs="+", type=float, default=TARGETS)
