@@ -14,7 +14,7 @@ import moments
 import numpy as np
 import pytest
 
-from minihyperflows import lab
+from minihyperflows import DoubtfulResultWarning, lab
 from minihyperflows.lab import checkpoint, runs
 
 posix = pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL on Windows")
@@ -180,8 +180,10 @@ def test_a_constant_pressure_from_random_weights(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("error")
 def test_a_pressure_that_nothing_survives(tmp_path):
     recipe = lab.RECIPES["lenet300-digits-gamma"].with_fields({"presence.init": [0.01, 0.02]})
-    summary = lab.run(recipe.with_gamma(1e6).scaled(0.02), tmp_path, progress=False)
+    with pytest.warns(DoubtfulResultWarning, match="no weight is left: the network"):
+        summary = lab.run(recipe.with_gamma(1e6).scaled(0.02), tmp_path, progress=False)
     assert summary["remaining"] == summary["flops_sparse"] == 0
+    assert [text.split(":")[0] for text in summary["warnings"]] == ["no weight is left"]
     assert (tmp_path / "plots" / "layers.png").exists()
 
 

@@ -283,6 +283,8 @@ class _Progress:
         elif event.kind is Kind.FINISHED:
             self.epochs[attempt.folder] = self.epochs_per_run
             self._say(f"{name}  {_results(attempt)}")
+            for text in read_json(RunFolder(attempt.folder).summary).get("warnings", ()):
+                self._say(f"{name}  warning: {text}")
             collect(self.folder.finished(), self.table)
         elif event.kind is Kind.DIED:
             lost = f"{attempt.deaths + 1} of {ATTEMPTS}"

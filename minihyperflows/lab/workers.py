@@ -15,6 +15,7 @@ import signal
 import threading
 import traceback
 import uuid
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from minihyperflows.engine import DeviceError
+from minihyperflows.engine import DeviceError, DoubtfulResultWarning
 from minihyperflows.engine.threads import set_threads
 from minihyperflows.lab.checkpoint import write_atomically
 from minihyperflows.lab.errors import UserError
@@ -272,6 +273,7 @@ class Processes:
 def _work(attempt: Attempt, connection: Any) -> None:
     """What a worker process does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that supervises
+    warnings.simplefilter("ignore", DoubtfulResultWarning)  # the summary has them
     tqdm.set_lock(threading.RLock())  # else a system-wide one, which a death would leave behind
     threading.Thread(target=_end_with_parent, daemon=True).start()
     connection.send(carry_out(attempt, connection.send))

@@ -1,6 +1,7 @@
 """Networks: modules, layers, initial values."""
 
 from minihyperflows.nn import init, models, optim
+from minihyperflows.nn.flattening import from_torch_flatten, to_torch_flatten
 from minihyperflows.nn.layers import (
     AvgPool2d,
     BatchNorm2d,
@@ -29,9 +30,11 @@ __all__ = [
     "ReLU",
     "Sequential",
     "Weighted",
+    "from_torch_flatten",
     "init",
     "models",
     "optim",
+    "to_torch_flatten",
     "weight_groups",
     "weighted_layers",
 ]

@@ -7,14 +7,16 @@ registration to forget.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from minihyperflows.engine.backend import to_device, to_numpy, xp_of
-from minihyperflows.engine.errors import ShapeError
+from minihyperflows.engine.errors import DoubtfulResultWarning, ShapeError
 from minihyperflows.engine.tensor import Tensor
+from minihyperflows.nn.flattening import flattened_otherwise
 
 
 class Parameter(Tensor):
@@ -157,6 +159,14 @@ class Module:
         Everything is checked before the first value changes. Values are converted to each
         tensor's dtype.
 
+        One layout depends on more than the tensor: a linear layer behind ``Flatten`` reads a map
+        in the order (H, W, C) here and (C, H, W) in PyTorch. The shapes agree, so a state cannot
+        be told apart by them, and this method changes nothing: ``nn.from_torch_flatten`` does.
+
+        Warns:
+            DoubtfulResultWarning: a tensor of PyTorch's seems to be such a weight. (Arrays that
+                were made of one do not show it.)
+
         Raises:
             KeyError: names are missing or unknown.
             ShapeError: a value has another shape than its tensor.
@@ -169,6 +179,9 @@ class Module:
         for name, tensor in tensors.items():
             _check_fits(name, arrays[name], tensor)
         _check_ties(arrays, tensors)
+        shapes = {name: t.shape for name, t in tensors.items() if isinstance(t, Parameter)}
+        for warning in flattened_otherwise(state, shapes):
+            warnings.warn(warning, DoubtfulResultWarning, stacklevel=2)
         for name, tensor in tensors.items():
             tensor.data = _from_torch_layout(arrays[name], tensor)
 
