@@ -1,5 +1,10 @@
 """Drawings for the chapters: computation graphs, values of several seeds. Nothing here is needed to
-understand them."""
+understand them.
+
+Every chapter imports this. So this is also where its kernel begins to compute a chapter's own
+matrix products on one thread, as the engine does with its own: a second thread gains little for
+their sizes, and where other programs want the cores it makes them many times slower.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +14,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.text import Text
 
+from minihyperflows.engine.blas import one_blas_thread
+
 BLUE, RED, GREEN, AMBER, PURPLE, GREY = (
     *("#1f5fa8", "#d1495b", "#2a9d6f"),
     *("#e09f3e", "#7b5ea7", "#6c757d"),
 )
+one_blas_thread.__enter__()  # until the kernel ends
+
 BEND = 0.12  # how far an arrow bulges, as a fraction of its length
 
 

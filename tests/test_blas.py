@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +21,10 @@ from minihyperflows.engine.blas import (
     set_blas_threads,
 )
 from minihyperflows.engine.threads import for_blocks, set_threads
+from minihyperflows.lab.studies.command import reporting
 from minihyperflows.lab.workers import THREAD_VARIABLES
+
+CHAPTERS = Path(__file__).parent.parent / "chapters"
 
 needs_blas = pytest.mark.skipif(not blas_libraries(), reason="no BLAS library tells its number")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
@@ -269,6 +273,41 @@ def test_the_environment_says_how_many(number):
 def test_the_tests_compute_on_one_thread_unless_told_otherwise():
     """tests/one_thread.py comes before NumPy."""
     assert int(os.environ["OPENBLAS_NUM_THREADS"]) >= AT_FIRST
+
+
+@needs_blas
+def test_the_kernels_of_the_chapters():
+    """They all import ``figures``, after which NumPy multiplies on one thread."""
+    program = """
+from threadpoolctl import threadpool_info, threadpool_limits
+import numpy
+with threadpool_limits(2, user_api="blas"):
+    import figures
+    print({b["num_threads"] for b in threadpool_info() if b["user_api"] == "blas"})
+    from minihyperflows.engine.threads import threads
+    print(threads())
+"""
+    answer = subprocess.run(
+        [sys.executable, "-c", program], cwd=CHAPTERS, capture_output=True, text=True, check=True
+    )
+    assert answer.stdout.split() == ["{1}", "2"]
+    chapters = sorted(CHAPTERS.glob("*.ipynb"))
+    assert chapters
+    for chapter in chapters:
+        assert "from figures import" in chapter.read_text(encoding="utf-8"), chapter.name
+
+
+@needs_blas
+def test_a_study_computes_on_one_thread():
+    found = []
+
+    @reporting()
+    def main():
+        found.append(numbers())
+
+    main()
+    assert found == [{1}]
+    assert numbers() == {2}
 
 
 def test_without_a_library_that_tells(monkeypatch):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeAlias
 
+from minihyperflows.engine.blas import one_blas_thread
 from minihyperflows.lab.console import run_command
 from minihyperflows.lab.errors import UserError
 
@@ -50,14 +51,17 @@ def reporting() -> Callable[[Main], Main]:
     """Says in one line what was wrong (exit status 2), or that the work was interrupted (130).
 
     For the ``main`` of a study, as a decorator: ``@reporting()``. A study records run by run, so
-    after an interruption only the run in progress has to be repeated. See
+    after an interruption only the run in progress has to be repeated. BLAS computes on one thread,
+    also in what a study computes with NumPy itself. See
     :func:`minihyperflows.lab.console.run_command`.
     """
 
     def decorate(main: Main) -> Main:
         @wraps(main)
         def reported(*arguments: Any, **options: Any) -> None:
-            if status := run_command(lambda: main(*arguments, **options), lambda: CONTINUES):
+            with one_blas_thread:
+                status = run_command(lambda: main(*arguments, **options), lambda: CONTINUES)
+            if status:
                 raise SystemExit(status)
 
         return reported
