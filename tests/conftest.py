@@ -15,7 +15,7 @@ from gpu import gpu  # noqa: F401 - a fixture
 
 # The same cases every time, unless somebody goes looking: HYPOTHESIS_PROFILE=large pytest ...
 _QUIET = {"deadline": None, "database": None, "print_blob": True}
-hypothesis.settings.register_profile("default", max_examples=300, derandomize=True, **_QUIET)
+hypothesis.settings.register_profile("default", max_examples=150, derandomize=True, **_QUIET)
 hypothesis.settings.register_profile("large", max_examples=20_000, derandomize=False, **_QUIET)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 

@@ -103,14 +103,29 @@ def test_results_and_gradients_keep_their_values_through_later_steps():
         np.testing.assert_array_equal(array, copy)
 
 
-def test_a_gradient_is_adopted_unless_somebody_else_could_see_its_memory():
-    array = empty(np, SHAPE, np.float32)
-    assert memory.owns_memory(array)
-    view = array[:2]
-    assert not memory.owns_memory(array)
-    assert not memory.owns_memory(view)
+def test_an_array_is_held_once_unless_somebody_else_could_see_its_memory():
+    box = [empty(np, SHAPE, np.float32)]
+    assert memory.held_once(box)
+    view = box[0][:2]
+    assert not memory.held_once(box)
+    assert not memory.held_once([view])
+    box.clear()
+    assert not memory.held_once([view])  # the name still holds it
+    box.append(view)
+    del view
+    assert memory.held_once(box)  # alone, the only view of its buffer
+    assert memory.held_once([np.empty(3)])
+    assert not memory.held_once([np.empty(3)[:2]])
+    assert not memory.held_once([np.frombuffer(b"12345678")])
+    assert not memory.held_once([np.broadcast_to(np.empty(1), 3)])
+    array = np.empty(3)
+    assert not memory.held_once([array])
+    box = [array]
     del array
-    assert memory.owns_memory(view)
-    assert memory.owns_memory(np.empty(3))
-    assert not memory.owns_memory(np.empty(3)[:2])
-    assert not memory.owns_memory(np.frombuffer(b"12345678"))
+    assert memory.held_once(box)
+    for look in (memoryview, lambda a: a.reshape(1, 3), lambda a: a.T, lambda a: {"kept": a}):
+        other = look(box[0])
+        assert not memory.held_once(box)
+        del other
+    box[0].flags.writeable = False
+    assert not memory.held_once(box)

@@ -70,6 +70,14 @@ def to_numpy(array: Array) -> np.ndarray:
     return np.asarray(array) if device_of(array) == "cpu" else cupy().asnumpy(array)
 
 
+def contiguous(array: Array) -> Array:
+    """``array`` in C order: itself if it is that already, else a copy.
+
+    NumPy's ``ascontiguousarray`` would give an array of shape () the shape (1,).
+    """
+    return array if array.flags.c_contiguous else xp_of(array).ascontiguousarray(array)
+
+
 def cupy() -> ModuleType:
     """CuPy itself, for what NumPy has nothing like: kernels, streams, graphs."""
     return importlib.import_module("cupy")

@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from minihyperflows.engine import numbers
+from minihyperflows.engine import memory, numbers
 from minihyperflows.engine.backend import Array, xp_of
+from minihyperflows.engine.changes import Kept, Version, require_unchanged
 from minihyperflows.engine.errors import GraphError, ShapeError
 from minihyperflows.engine.gpu import elementwise as gpu_elementwise
 from minihyperflows.engine.gpu.launch import takes
-from minihyperflows.engine.memory import owns_memory
 from minihyperflows.engine.threads import add
 
 _recording: ContextVar[bool] = ContextVar("recording", default=True)
@@ -75,9 +75,11 @@ class Function:
     returns one gradient for each input: an array of that input's shape, or None where
     ``self.needs[i]`` is False. A single input may be answered by a bare array.
 
-    ``backward`` must not write into the cotangent: other functions may hold the same array. On
-    complex arrays an operation is its analytic continuation: nothing is conjugated, and
-    comparisons look at the real part. That is what the complex-step derivative needs.
+    ``backward`` must not write into the cotangent: other functions may hold the same array. It may
+    return the cotangent itself, one array for several inputs, or views: whoever adds to a gradient
+    makes sure that nobody else sees it. On complex arrays an operation is its analytic
+    continuation: nothing is conjugated, and comparisons look at the real part. That is what the
+    complex-step derivative needs.
 
     Attributes:
         arithmetic: which numbers it computes with; its inputs are converted accordingly
@@ -89,6 +91,8 @@ class Function:
     inputs: tuple[Any, ...] = ()
     needs: tuple[bool, ...] = ()
     output_shape: tuple[int, ...] = ()
+    kept: list[Kept]  # with versions: see changes.py
+    versions: list[Version]
     freed = False
 
     def forward(self, *arrays: Array) -> Array:
@@ -103,10 +107,14 @@ class Function:
 
     def buffer_for(self, i: int) -> Array | None:
         """The array in which ``backward`` may write the gradient of input ``i``: the leaf's
-        ``gradient_buffer``, if it has one that holds no gradient yet."""
+        ``gradient_buffer``, if it has one that holds no gradient yet.
+
+        A leaf that is an input twice has its buffer for the first one only.
+        """
         x = self.inputs[i]
         empty = isinstance(x, Leaf) and x.grad is None
-        return x.gradient_buffer if empty else None
+        first = all(other is not x for other in self.inputs[:i])
+        return x.gradient_buffer if empty and first else None
 
     def parents(self) -> list[Function]:
         """The functions that made the inputs through which a gradient flows."""
@@ -149,25 +157,37 @@ def reverse_topological_order(root: Function) -> list[Function]:
     return order
 
 
-def backpropagate(root: Function, cotangent: Array) -> None:
+def backpropagate(root: Function, cotangent: list[Array]) -> None:
     """Add the gradient of every leaf below ``root`` to its ``grad``, then free the graph.
 
     Each function hands its inputs' cotangents on; an input used several times receives their sum.
+
+    Args:
+        root: the function that made the loss.
+        cotangent: the gradient of the loss with respect to the output of ``root``, in a list of
+            its own, which is emptied: see :func:`~minihyperflows.engine.memory.held_once`.
+
+    Raises:
+        GraphError: an array that a function kept has changed since; no gradient has, then.
     """
-    waiting: dict[Function, Array] = {root: cotangent}
-    leaves = LeafGradients(cotangent)
-    for function in reverse_topological_order(root):
-        gradients = input_gradients(function, waiting.pop(function))
-        for tensor, gradient in zip(function.inputs, gradients, strict=True):
-            if gradient is None:
+    order = reverse_topological_order(root)
+    for function in order:
+        require_unchanged(function)
+    waiting: dict[Function, list[Array]] = {root: cotangent}
+    for function in order:
+        gradients = input_gradients(function, waiting.pop(function).pop())
+        inputs = function.inputs
+        function.free()  # now nothing that it kept can be one of the gradients
+        for i, tensor in enumerate(inputs):
+            gradient, gradients[i] = [gradients[i]], None
+            if gradient[0] is None:
                 continue
             if tensor.creator is None:
-                leaves.add(tensor, gradient)
+                add_to_leaf(tensor, gradient)
             elif tensor.creator in waiting:
-                waiting[tensor.creator] = add(waiting[tensor.creator], gradient)
+                waiting[tensor.creator] = [sum_of(waiting.pop(tensor.creator), gradient)]
             else:
                 waiting[tensor.creator] = gradient
-        function.free()
 
 
 def input_gradients(function: Function, cotangent: Array) -> list[Array | None]:
@@ -200,43 +220,43 @@ def input_gradients(function: Function, cotangent: Array) -> list[Array | None]:
 
 @runtime_checkable
 class Leaf(Protocol):
-    """What the backward pass knows of a tensor that a user made: its array, its gradient, and the
-    memory that the gradient is to be written to (None: to a new array)."""
+    """What the backward pass knows of a tensor that a user made: its array and how often it was
+    changed, its gradient, and the memory that the gradient is to be written to (None: to a new
+    array)."""
 
     data: Array
+    version: int
     grad: Array | None
     gradient_buffer: Array | None
 
 
-class LeafGradients:
-    """Adds gradients to leaves such that every leaf owns the memory of its ``grad``.
+def sum_of(total: list[Array], gradient: list[Array]) -> Array:
+    """``total[0] + gradient[0]``, in the memory of the first if nobody else can see it.
 
-    ``backward`` of an operation may hand on the cotangent itself, or a view (``a + b`` gives both
-    inputs the same array). An array is adopted as it is if nobody else can hold it; else copied. A
-    leaf with a ``gradient_buffer`` gets its gradient there.
+    ``backward`` of an operation may return what others hold: the cotangent itself, one array for
+    two inputs (as ``a + b`` does), views. To write into one of those would change a gradient that
+    is still on its way.
     """
+    same_kind = total[0].dtype == gradient[0].dtype and total[0].shape != ()
+    in_place = same_kind and memory.held_once(total)
+    return add(total[0], gradient[0], out=total[0] if in_place else None)
 
-    def __init__(self, cotangent: Array) -> None:
-        self._kept = [cotangent]  # references, so that no id is reused while this object lives
-        self._ids = {id(cotangent)}
 
-    def add(self, leaf: Leaf, gradient: Array) -> None:
-        if leaf.gradient_buffer is not None:
-            _add_to_buffer(leaf, leaf.gradient_buffer, gradient)
-            return
-        gradient = _as_array(gradient, leaf.data.dtype)
-        if leaf.grad is None:
-            if not owns_memory(gradient) or id(gradient) in self._ids:
-                gradient = gradient.copy()
-            leaf.grad = gradient
-        elif gradient.shape == ():
-            leaf.grad = leaf.grad + gradient
-        else:
-            made_here = id(leaf.grad) in self._ids  # nobody has seen it yet
-            in_place = made_here and leaf.grad.dtype == gradient.dtype
-            leaf.grad = add(leaf.grad, gradient, out=leaf.grad if in_place else None)
-        self._kept.append(leaf.grad)
-        self._ids.add(id(leaf.grad))
+def add_to_leaf(leaf: Leaf, gradient: list[Array]) -> None:
+    """Add ``gradient[0]`` to ``leaf.grad``, which nobody but the leaf may hold.
+
+    The first gradient is adopted as it is if nobody else can see its memory; else copied. A leaf
+    with a ``gradient_buffer`` gets it there.
+    """
+    if leaf.gradient_buffer is not None:
+        _add_to_buffer(leaf, leaf.gradient_buffer, gradient[0])
+        return
+    gradient = [_as_array(gradient.pop(), leaf.data.dtype)]
+    if leaf.grad is None:
+        leaf.grad = gradient.pop() if memory.held_once(gradient) else gradient[0].copy()
+    else:
+        total, leaf.grad = [leaf.grad], None
+        leaf.grad = sum_of(total, gradient)
 
 
 def _add_to_buffer(leaf: Leaf, buffer: Array, gradient: Array) -> None:

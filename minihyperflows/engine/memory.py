@@ -98,12 +98,21 @@ def empty(xp: ModuleType, shape: tuple[int, ...], dtype: Any) -> Array:
     return _pool.buffer(size).view(dtype).reshape(shape)
 
 
-def owns_memory(array: Array) -> bool:
-    """Whether no other array can share memory with ``array``: it is a new one, or the only view of
-    a buffer of :func:`empty`."""
-    if array.base is None:
-        return True
-    return references(array, _pool) == _ONE_VIEW
+def held_once(box: list[Array]) -> bool:
+    """Whether ``box[0]`` is referred to by ``box`` alone, and no other array shares its memory:
+    then it may be changed, and nobody notices.
+
+    An array that owns its memory is counted by every view of it, so its count alone tells. A view
+    must be the only one of a buffer of :func:`empty`. Any other view may overlap with something.
+    """
+    if sys.getrefcount(box[0]) != _IDLE or not _writeable(box[0]):
+        return False
+    return box[0].base is None or references(box[0], _pool) == _ONE_VIEW
+
+
+def _writeable(array: Array) -> bool:
+    flags = getattr(array, "flags", None)  # of CuPy's arrays, all of which are
+    return getattr(flags, "writeable", True)
 
 
 def clear() -> None:

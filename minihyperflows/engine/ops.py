@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from minihyperflows.engine.backend import Array, device_of, xp_of
+from minihyperflows.engine.backend import Array, contiguous, device_of, xp_of
 from minihyperflows.engine.errors import DeviceError, ShapeError
 from minihyperflows.engine.gpu import bias as gpu_bias
 from minihyperflows.engine.gpu import elementwise as gpu_elementwise
@@ -276,7 +276,7 @@ class ReLU(Function):
             self.y = gpu_elementwise.relu(x)
             return self.y
         xp = xp_of(x)
-        x = xp.ascontiguousarray(x)
+        x = contiguous(x)
         self.y = empty(xp, x.shape, x.dtype)
 
         elementwise(rectify, x, self.y)
@@ -286,7 +286,7 @@ class ReLU(Function):
         if takes(c, self.y) and c.dtype == self.y.dtype:
             return gpu_elementwise.relu_backward(c, self.y)
         xp = xp_of(c)
-        c = xp.ascontiguousarray(c)
+        c = contiguous(c)
         dx = empty(xp, c.shape, c.dtype)
         elementwise(lambda y, c, dx: xp.multiply(c, y.real > 0, out=dx), self.y, c, dx)
         return dx

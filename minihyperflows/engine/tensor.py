@@ -14,8 +14,15 @@ import numpy as np
 from minihyperflows.engine import numbers, ops
 from minihyperflows.engine.backend import Array, device_of, to_device, to_numpy, xp_of
 from minihyperflows.engine.blas import one_blas_thread
+from minihyperflows.engine.changes import arrays_of, kept_by
 from minihyperflows.engine.errors import DeviceError, GraphError, NonFiniteLossError, ShapeError
-from minihyperflows.engine.graph import Function, Intermediate, backpropagate, is_recording
+from minihyperflows.engine.graph import (
+    Function,
+    Intermediate,
+    add_to_leaf,
+    backpropagate,
+    is_recording,
+)
 
 Axis: TypeAlias = int | tuple[int, ...] | None
 
@@ -32,6 +39,8 @@ class Tensor:
         grad: dL/d(data), an array of the same shape, or None. Several backward passes add up.
         gradient_buffer: an array of the same shape, perhaps of another dtype, in whose memory
             ``grad`` is to lie; None: in new memory.
+        version: how often the package's own optimisers have changed ``data`` in place. Who writes
+            into ``data`` by hand may add 1: a graph that needs the old values then notices.
         creator: the :class:`~minihyperflows.engine.graph.Function` that made it; None for a leaf.
     """
 
@@ -57,6 +66,7 @@ class Tensor:
         self.requires_grad = requires_grad
         self.grad: Array | None = None
         self.gradient_buffer: Array | None = None
+        self.version = 0
         self.creator: Function | None = None
 
     # -- what it is ------------------------------------------------------------------------------
@@ -122,7 +132,8 @@ class Tensor:
 
         Raises:
             GraphError: nothing here requires a gradient, no cotangent for a tensor that is not a
-                scalar, or a graph that an earlier backward freed.
+                scalar, a graph that an earlier backward freed, or an array that the graph needs
+                and that was changed since (:mod:`minihyperflows.engine.changes`).
             ShapeError: the cotangent has another shape.
             NonFiniteLossError: the loss is NaN or infinite.
         """
@@ -131,12 +142,11 @@ class Tensor:
                 "backward of a tensor that depends on nothing with requires_grad=True "
                 "(or was computed under no_grad)"
             )
-        start = self._first_cotangent(cotangent)
         if self.creator is None:
-            self.grad = start if self.grad is None else self.grad + start
+            add_to_leaf(self, [self._first_cotangent(cotangent)])
         else:
             with one_blas_thread:
-                backpropagate(self.creator, start)
+                backpropagate(self.creator, [self._first_cotangent(cotangent)])
 
     def _first_cotangent(self, cotangent: Any) -> Array:
         xp = xp_of(self.data)
@@ -248,11 +258,13 @@ def apply(function: Function, *inputs: Any) -> Tensor:
     needs = tuple(isinstance(x, Tensor) and x.requires_grad for x in inputs)
     recorded = is_recording() and any(needs)
     function.needs = needs if recorded else (False,) * len(needs)
+    given = arrays_of(function)
     with one_blas_thread:
         output = Tensor(numbers.forward(function, arrays))
     if recorded:
         function.inputs = tuple(_without_values(x) for x in inputs)
         function.output_shape = output.shape
+        function.kept, function.versions = kept_by(function, function.inputs, arrays, given)
         output.requires_grad, output.creator = True, function
     return output
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from minihyperflows.engine.backend import Array, xp_of
+from minihyperflows.engine.backend import Array, contiguous, xp_of
 from minihyperflows.engine.graph import Function
 from minihyperflows.engine.memory import empty
 from minihyperflows.engine.numbers import Arithmetic
@@ -55,18 +55,18 @@ class GatedWeight(Function):
 
     def forward(self, weight: Array, t: Array) -> Array:
         xp = xp_of(t)
-        self.weight, self.mask = xp.ascontiguousarray(weight), empty(xp, t.shape, bool)
+        self.weight, self.mask = contiguous(weight), empty(xp, t.shape, bool)
         gated = empty(xp, t.shape, xp.result_type(weight, t))
 
         def work(w: Array, t: Array, mask: Array, gated: Array) -> None:
             mask[...] = is_present(t)
             xp.multiply(w, mask, out=gated)
 
-        elementwise(work, self.weight, xp.ascontiguousarray(t), self.mask, gated)
+        elementwise(work, self.weight, contiguous(t), self.mask, gated)
         return gated
 
     def backward(self, c: Array) -> tuple[Array | None, Array | None]:
-        xp, c = xp_of(c), xp_of(c).ascontiguousarray(c)
+        xp, c = xp_of(c), contiguous(c)
         if not self.needs[1]:
             return c * self.mask, None
         weight_gradient, flux = (empty(xp, c.shape, c.dtype) for _ in range(2))

@@ -114,6 +114,7 @@ class Optimizer:
             if p.grad is not None:
                 self.steps[i] += 1
                 self._update(p, self.state[i], self.steps[i])
+                p.version += 1
 
     def _update(self, p: Parameter, state: dict[str, Array], step: int) -> None:
         """Update ``p.data`` and ``state`` block by block."""
