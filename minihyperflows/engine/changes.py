@@ -15,6 +15,7 @@ by hand. Nothing is noticed on a GPU, which one would have to wait for.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -51,17 +52,8 @@ def look(array: np.ndarray) -> bytes:
     return array.ravel()[:: (array.size // SAMPLE) | 1].tobytes()
 
 
-def arrays_of(function: Function) -> list[np.ndarray]:
-    """The NumPy arrays that ``function`` holds, in tuples and lists (an index, say) too."""
-    values = list(vars(function).values())
-    for value in values:
-        if type(value) is tuple or type(value) is list:
-            values += value
-    return [value for value in values if type(value) is np.ndarray]
-
-
 def kept_by(
-    function: Function, inputs: tuple[Any, ...], arrays: list[Array], given: list[np.ndarray]
+    function: Function, inputs: tuple[Any, ...], arrays: list[Array], given: list[Any]
 ) -> tuple[list[Kept], list[Version]]:
     """What ``function``, which was just applied, keeps and somebody outside the graph may change.
 
@@ -69,26 +61,37 @@ def kept_by(
         function: keeps what ``backward`` needs in its attributes.
         inputs, arrays: what it was applied to, as recorded and as ``forward`` received it. Watched
             are leaves, constants and views, which may be of a leaf.
-        given: what it held before ``forward``: what its constructor was given, labels for example.
+        given: its attributes before ``forward``: what its constructor was given, labels say.
     """
-    held = arrays_of(function)
+    held = _arrays(vars(function).values())
     if not held:
         return [], []
-    outside = [*given, *(a for x, a in zip(inputs, arrays, strict=True) if _from_outside(x, a))]
-    kept = [Kept(array, look(array)) for array in outside if _holds(held, array)]
-    leaves = [x for x in inputs if hasattr(x, "version") and _holds(held, x.data)]
-    return kept, [Version(leaf, leaf.version) for leaf in leaves]
+    outside, versions = _arrays(given), []
+    for x, array in zip(inputs, arrays, strict=True):
+        made = getattr(x, "creator", None) is not None
+        if type(array) is np.ndarray and (array.base is not None or not made):
+            outside.append(array)
+            if isinstance(getattr(x, "version", None), int) and _holds(held, array):
+                versions.append(Version(x, x.version))
+    return [Kept(array, look(array)) for array in outside if _holds(held, array)], versions
 
 
-def _from_outside(x: Any, array: Array) -> bool:
-    made_here = getattr(x, "creator", None) is not None and array.base is None
-    return type(array) is np.ndarray and not made_here
+def _arrays(values: Iterable[Any]) -> list[np.ndarray]:
+    """The NumPy arrays among ``values``, and in tuples and lists there (an index, say)."""
+    found = []
+    for value in values:
+        kind = type(value)
+        if kind is np.ndarray:
+            found.append(value)
+        elif kind is tuple or kind is list:
+            found += [item for item in value if type(item) is np.ndarray]
+    return found
 
 
-def _holds(held: list[np.ndarray], array: Array) -> bool:
+def _holds(held: list[np.ndarray], array: np.ndarray) -> bool:
     """Whether ``array``, or a view of it, is among ``held``."""
     owner = array if array.base is None else array.base
-    return any(v is array or v.base is owner for v in held)
+    return any(one is array or one.base is owner for one in held)
 
 
 def require_unchanged(function: Function) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from minihyperflows.engine import numbers, ops
 from minihyperflows.engine.backend import Array, device_of, to_device, to_numpy, xp_of
 from minihyperflows.engine.blas import one_blas_thread
-from minihyperflows.engine.changes import arrays_of, kept_by
+from minihyperflows.engine.changes import kept_by
 from minihyperflows.engine.errors import DeviceError, GraphError, NonFiniteLossError, ShapeError
 from minihyperflows.engine.graph import (
     Function,
@@ -258,7 +258,7 @@ def apply(function: Function, *inputs: Any) -> Tensor:
     needs = tuple(isinstance(x, Tensor) and x.requires_grad for x in inputs)
     recorded = is_recording() and any(needs)
     function.needs = needs if recorded else (False,) * len(needs)
-    given = arrays_of(function)
+    given = list(vars(function).values())
     with one_blas_thread:
         output = Tensor(numbers.forward(function, arrays))
     if recorded:
