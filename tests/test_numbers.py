@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import minihyperflows as mh
-from minihyperflows import flows, nn
+from minihyperflows import flows, lab, nn, optim
 from minihyperflows import functional as F
 from minihyperflows.engine import conv
 from minihyperflows.engine.graph import Function, Intermediate
@@ -315,6 +315,48 @@ def test_unbroadcast_of_half_precision_accumulates_in_float32() -> None:
     """For Functions of a reader's own, which call it themselves."""
     ones = np.ones((5000, 2), HALF)
     np.testing.assert_array_equal(unbroadcast(ones, (2,)), np.full(2, 5000, HALF))
+
+
+OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
+    "adam": lambda parameters: optim.Adam(parameters, lr=1e-2),
+    "sgd": lambda parameters: optim.SGD(parameters, lr=0.1, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_network_in_half_precision_trains(name: str) -> None:
+    """With gates, pressure, both ways of batch norm and the optimisers, on the CPU."""
+    data = lab.load("digits")
+    accuracies = []
+    for dtype in (HALF, SINGLE):
+        rng = np.random.default_rng(0)
+        net = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1, rng=rng, dtype=dtype),
+            nn.BatchNorm2d(16, dtype=dtype),
+            nn.ReLU(),
+            nn.Conv2d(16, 16, 3, padding=1, rng=rng, dtype=dtype),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(256, 10, rng=rng, dtype=dtype),
+        )
+        flows.attach(net, rng=rng)
+        presences = list(flows.presences(net).values())
+        weights = [p for p in net.parameters() if not any(p is t for t in presences)]
+        steps = OPTIMIZERS[name](weights), optim.Adam(presences, lr=1e-3)
+        for _ in range(30):
+            chosen = rng.integers(0, len(data.train_y), 64)
+            net.zero_grad()
+            logits = net(mh.Tensor((data.train_x[chosen] / 255).astype(dtype)))
+            loss = F.cross_entropy(logits, data.train_y[chosen]) + 0.1 * flows.pressure(net)
+            assert loss.dtype == dtype
+            loss.backward()
+            for optimizer in steps:
+                optimizer.step()
+        assert {t.dtype for t in net.named_parameters().values()} == {dtype}
+        logits = net.eval()(mh.Tensor((data.test_x / 255).astype(dtype))).data
+        accuracies.append((logits.argmax(axis=1) == data.test_y).mean())
+    assert accuracies[1] > 0.7, accuracies
+    assert abs(accuracies[0] - accuracies[1]) < 0.06, accuracies
 
 
 # -- a number has no dtype -------------------------------------------------------------------------

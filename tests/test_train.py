@@ -257,9 +257,3 @@ def test_an_empty_test_set_is_refused_before_training(data):
         lab.evaluate(net, empty)
     with pytest.raises(lab.UserError, match="the test set is empty"):
         new_trainer(TINY, empty)
-
-
-def test_half_precision_trains_on_the_cpu(data):
-    half, single = dataclasses.replace(TINY, dtype="float16"), TINY
-    accuracy = [run(recipe, data)[1][-1].test_accuracy for recipe in (half, single)]
-    assert accuracy[0] > accuracy[1] - 0.05
