@@ -14,7 +14,7 @@ from gpu import needs_compiler
 import minihyperflows as mh
 from minihyperflows import flows
 from minihyperflows.lab import gpu_runs, packs, recipes, runs
-from minihyperflows.lab.checkpoint import load_checkpoint
+from minihyperflows.lab.checkpoint import load_checkpoint, read_json
 from minihyperflows.lab.data import Dataset
 from minihyperflows.lab.errors import OutOfTimeError, UserError
 from minihyperflows.lab.train import build_network, evaluate
@@ -79,7 +79,7 @@ def test_runs_in_pieces_are_runs_in_one(tmp_path, monkeypatch, capsys):
     for name in (first, second):
         assert metrics(whole / name) == metrics(pieces / name)
         assert len(metrics(whole / name)) > 3
-    assert runs.read_json(whole / second / "summary.json")["dense_from"] == str(whole / first)
+    assert read_json(whole / second / "summary.json")["dense_from"] == str(whole / first)
 
     # what comes back
     assert {file.name for file in packed.iterdir()} == {"records.zip", "networks.zip.0"}
@@ -92,7 +92,7 @@ def test_runs_in_pieces_are_runs_in_one(tmp_path, monkeypatch, capsys):
     # and begins anew elsewhere
     again = tmp_path / "again"
     assert command(again, "--unpack", str(packed)) == 0
-    summary = runs.read_json(again / second / "summary.json")
+    summary = read_json(again / second / "summary.json")
     assert summary["dense_from"].endswith("rounded to float16")
     before, after = metrics(whole / second), metrics(again / second)
     assert after[0] == before[0]  # the dense epochs' records come along

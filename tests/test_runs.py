@@ -42,7 +42,10 @@ def test_what_a_run_leaves(finished):
     files = {"recipe.json", "metrics.csv", "layers.csv", "summary.json"}
     files |= {"dense.safetensors", "checkpoint.safetensors"}
     assert left == files | plots
-    assert json.loads((folder / "summary.json").read_text(encoding="utf-8")) == summary
+    written = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    tables = {"recipe.json", "metrics.csv", "layers.csv"}
+    assert written.pop("checksums").keys() == tables | {"summary"}
+    assert written == summary
     assert summary["weights"] == 50_200
     assert summary["remaining"] == 2_510
     assert summary["sparsity"] == pytest.approx(0.95)
@@ -200,7 +203,7 @@ def test_another_experiment_in_the_folder_is_refused(finished):
 def test_a_run_of_an_older_version_is_recognised(finished, tmp_path):
     """Its recipe lacks a field that has been added since."""
     summary = json.loads((finished[0] / "summary.json").read_text(encoding="utf-8"))
-    del summary["recipe"]["pressure"]["updates_per_epoch"]
+    del summary["recipe"]["pressure"]["updates_per_epoch"], summary["checksums"]
     (tmp_path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     assert lab.run(RECIPE, tmp_path, progress=False) == summary
     longer = dataclasses.replace(RECIPE.regrowth, epochs=3)
@@ -350,6 +353,7 @@ def damaged(content):
 
 def test_a_damaged_checkpoint_is_one_clear_line(finished, tmp_path):
     whole = (finished[0] / "checkpoint.safetensors").read_bytes()
+    (tmp_path / "recipe.json").write_bytes((finished[0] / "recipe.json").read_bytes())
     for content in damaged(whole):
         (tmp_path / "checkpoint.safetensors").write_bytes(content)
         with pytest.raises(lab.UserError, match="cannot read the checkpoint") as error:

@@ -17,16 +17,22 @@ import minihyperflows
 from minihyperflows.engine.backend import require_gpu
 from minihyperflows.lab.bench import NETWORKS, BenchSettings, measure
 from minihyperflows.lab.bench_table import gpu_table, table
-from minihyperflows.lab.checkpoint import load_checkpoint, write_atomically, write_json
+from minihyperflows.lab.checkpoint import (
+    load_checkpoint,
+    named_path,
+    write_atomically,
+    write_json,
+)
 from minihyperflows.lab.console import Parser, run_command, warn
 from minihyperflows.lab.data import NAMES
 from minihyperflows.lab.errors import UserError
+from minihyperflows.lab.folders import RunFolder, require_exportable
 from minihyperflows.lab.gpu_bench import GpuBenchSettings, measure_on_gpu
 from minihyperflows.lab.networks import MODELS, options_of
 from minihyperflows.lab.ranges import Range, number, shown, whole
 from minihyperflows.lab.recipes import RECIPES, Recipe, fields_with_ranges, find, flat
 from minihyperflows.lab.records import collect, require_folder
-from minihyperflows.lab.runs import RunFolder, run, versions
+from minihyperflows.lab.runs import run, versions
 from minihyperflows.lab.sweep import SweepFolder, parse_gammas, run_sweep
 
 DEFAULT_RECIPE = "lenet300-digits"
@@ -68,11 +74,11 @@ def build_parser() -> Parser:
     export.add_argument(
         "checkpoint", type=Path, help="a run's checkpoint.safetensors, or its folder"
     )
-    export.add_argument("out", type=Path, help="the .safetensors file to write")
+    export.add_argument("out", type=named_path, help="the .safetensors file to write")
     export.set_defaults(command=export_weights)
     collect_runs = commands.add_parser("collect", help="gather finished runs in one CSV file")
     collect_runs.add_argument("folders", type=Path, nargs="+", help="folders of finished runs")
-    collect_runs.add_argument("--out", type=Path, required=True, metavar="FILE")
+    collect_runs.add_argument("--out", type=named_path, required=True, metavar="FILE")
     collect_runs.set_defaults(command=collect_records)
     return parser
 
@@ -95,7 +101,7 @@ def _add_prune(commands: Any) -> None:
         help="of activations on a GPU; default: the recipe's, float16",
     )
     prune.add_argument("--seed", type=_seed, default=0, metavar="N")
-    prune.add_argument("--out", type=Path, metavar="DIR", help="default runs/RECIPE-S-seedN")
+    prune.add_argument("--out", type=named_path, metavar="DIR", help="default runs/RECIPE-S-seedN")
     prune.add_argument(
         "--dense-from",
         type=Path,
@@ -120,9 +126,14 @@ def _add_sweep(commands: Any) -> None:
     )
     sweep.add_argument("--threads", type=_count, default=1, metavar="N", help="of a run; default 1")
     sweep.add_argument("--scheduler", metavar="ADDRESS", help="of a Dask cluster to work instead")
-    sweep.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder for them")
     sweep.add_argument(
-        "--record", type=Path, metavar="FILE", help="the table of results; default DIR/sweep.csv"
+        "--out", type=named_path, required=True, metavar="DIR", help="a folder for them"
+    )
+    sweep.add_argument(
+        "--record",
+        type=named_path,
+        metavar="FILE",
+        help="the table of results; default DIR/sweep.csv",
     )
     _add_fields(sweep)
     sweep.add_argument(
@@ -223,7 +234,7 @@ def prune_network(options: argparse.Namespace) -> None:
         recipe = dataclasses.replace(recipe, gpu_dtype=options.precision)
     out = options.out or default_folder(recipe, options.seed)
     folder = RunFolder(out)
-    finished = folder.summary.exists() and not options.no_resume
+    finished = folder.is_finished and not options.no_resume
     if finished:
         print(f"{out} is finished already; --no-resume runs it again")
     else:
@@ -440,10 +451,11 @@ def export_weights(options: argparse.Namespace) -> None:
     from safetensors.numpy import save
 
     path = options.checkpoint
-    path = RunFolder(path).checkpoint if path.is_dir() else path
-    if not path.exists():
+    path = RunFolder(path).checkpoint if os.path.isdir(path) else path
+    if not os.path.lexists(path):
         raise UserError(f"there is no checkpoint at {path}: give a run's folder or its checkpoint")
-    arrays, values = load_checkpoint(path)
+    require_exportable(options.out, path)
+    arrays, values = load_checkpoint(path, advice="give another one")
     weights = pruned_weights(arrays)
     metadata = {"recipe": values["recipe"]["name"], "epoch": str(values["trainer"]["epoch"])}
     write_atomically(options.out, save(weights, metadata))

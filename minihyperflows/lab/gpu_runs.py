@@ -21,10 +21,12 @@ from minihyperflows.engine import DeviceError
 from minihyperflows.engine.backend import require_gpu
 from minihyperflows.lab.emulator import emulated_gpu
 from minihyperflows.lab.errors import OutOfTimeError, UserError
+from minihyperflows.lab.folders import RunFolder
+from minihyperflows.lab.locks import locked
 from minihyperflows.lab.packs import PART_BYTES, ROUNDED, pack, restore_dense, unpack
 from minihyperflows.lab.recipes import Recipe, find
 from minihyperflows.lab.records import collect
-from minihyperflows.lab.runs import RunFolder, run
+from minihyperflows.lab.runs import run
 
 NAMES = ("vgg19-cifar10", "resnet50-cifar10")
 TARGETS = (0.90, 0.95, 0.98, 0.99)
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is not finished; the exit status: 0, also when the time is over, or 2."""
     options = _parser().parse_args(arguments)
     try:
-        with emulated_gpu() if options.emulate else nullcontext():
+        with locked(options.out), emulated_gpu() if options.emulate else nullcontext():
             _run_all(options)
     except (UserError, DeviceError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -125,7 +127,7 @@ def _run_all(options: argparse.Namespace) -> None:
 
 
 def _run(job: Job, everything: Sequence[Job], options: argparse.Namespace, stop_at: float) -> None:
-    finished = job.folder.summary.exists()
+    finished = job.folder.is_finished
     if time.monotonic() >= stop_at and not finished:
         raise OutOfTimeError(f"{job.folder.path} is next")
     summary = run(
@@ -154,7 +156,7 @@ def _line(job: Job, summary: dict[str, Any]) -> str:
 def _conclude(options: argparse.Namespace, everything: Sequence[Job]) -> None:
     """The table of finished runs, and the pack."""
     begun = [job.folder.path for job in everything if job.folder.recipe.exists()]
-    finished = [job.folder.path for job in everything if job.folder.summary.exists()]
+    finished = [job.folder.path for job in everything if job.folder.is_finished]
     if finished:
         table = options.out / "finished.csv"
         print(f"{table}: {collect(finished, table)} of {len(everything)} runs")

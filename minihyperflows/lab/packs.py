@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,12 +18,19 @@ from typing import Any
 
 import numpy as np
 
-from minihyperflows.lab.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from minihyperflows.lab.checkpoint import (
+    load_checkpoint,
+    save_checkpoint,
+    to_json,
+    write_atomically,
+)
 from minihyperflows.lab.errors import UserError
-from minihyperflows.lab.runs import RunFolder
+from minihyperflows.lab.folders import RunFolder, foreign
 
 PART_BYTES = 16_000_000  # of a part of a pack
 PACK = "networks.zip"
+RECORDS = "records.zip"
+PACKED = r"networks\.zip\.\d+|records\.zip"  # the names in a pack's folder
 NET, STEP = "net.", ".step"
 BITS, VALUES, SHAPE, HALF = ".bits", ".values", ".shape", ".half"
 PRESENCE, WEIGHT = ".presence", ".weight"
@@ -75,7 +83,7 @@ def unpacked_network(packed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _to_npz(arrays: Mapping[str, np.ndarray], values: Mapping[str, Any]) -> bytes:
     file = io.BytesIO()
-    text = np.frombuffer(json.dumps(values).encode("utf-8"), np.uint8)
+    text = np.frombuffer(to_json(values).encode("utf-8"), np.uint8)
     np.savez_compressed(file, **arrays, values=text)  # type: ignore[arg-type]
     return file.getvalue()
 
@@ -106,11 +114,15 @@ def pack(
 
     Returns:
         What did not fit, in words.
+
+    Raises:
+        UserError: the folder ``out`` has something else in it.
     """
+    _require_ours(out)
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob(f"{PACK}.*"):
         old.unlink()
-    write_atomically(out / "records.zip", _records(folders), durable=False)
+    write_atomically(out / RECORDS, _records(folders), durable=False)
     content, left_out = io.BytesIO(), []
     with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as archive:
         for kind, folder in [*(("pruned", f) for f in folders), *(("dense", f) for f in dense)]:
@@ -128,6 +140,22 @@ def pack(
     return left_out
 
 
+def _require_ours(out: Path) -> None:
+    found = foreign(out, lambda entry: entry.name.endswith(".partial"))
+    others = [name for name in found if not re.fullmatch(PACKED, name)]
+    if others or (found and not _is_records(out / RECORDS)):
+        other = next(iter(others or found))
+        raise UserError(f"{out} is not a pack's folder (it has {other}): choose another one")
+
+
+def _is_records(file: Path) -> bool:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return any(name.endswith("/recipe.json") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
 def _records(folders: Sequence[Path]) -> bytes:
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -141,7 +169,7 @@ def _records(folders: Sequence[Path]) -> bytes:
 def _network(folder: RunFolder, kind: str) -> bytes | None:
     """The packed network of a run; None if there is none of this kind yet."""
     file = folder.dense if kind == "dense" else folder.checkpoint
-    if not file.exists() or (kind == "pruned" and not folder.summary.exists()):
+    if not file.exists() or (kind == "pruned" and not folder.is_finished):
         return None
     arrays, values = load_checkpoint(file)
     net = {k.removeprefix(NET): v for k, v in arrays.items() if k.startswith(NET)}
@@ -185,6 +213,7 @@ def restore_dense(archive: zipfile.ZipFile, out: Path) -> list[Path]:
         steps = {k: arrays.pop(k) for k in list(arrays) if k.endswith(STEP)}
         net = {NET + k: v for k, v in unpacked_network(arrays).items()}
         folder = RunFolder(out / f"{run}, dense, {ROUNDED}")
+        folder.require_ours()
         folder.create()
         save_checkpoint(folder.dense, net | steps, values)
         made.append(folder.path)

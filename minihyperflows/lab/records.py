@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Hashable, Sequence
+import os
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from minihyperflows.lab.checkpoint import read_json, write_atomically
+from minihyperflows.lab.checkpoint import write_atomically
 from minihyperflows.lab.errors import UserError
+from minihyperflows.lab.folders import RunFolder, run_folder_of
+from minihyperflows.lab.locks import locked_file
 from minihyperflows.lab.recipes import Recipe
 
 RESULTS = (
@@ -33,6 +37,9 @@ Row: TypeAlias = dict[str, Any]
 # -- the runs of folders -------------------------------------------------------------------------
 
 
+RUN_COLUMNS = ("recipe", "dataset", "seed")  # by which a table of runs is recognised
+
+
 def collect(folders: Sequence[Path], out: Path) -> int:
     """Write a row for every finished run in ``folders`` to the CSV file ``out``.
 
@@ -41,18 +48,37 @@ def collect(folders: Sequence[Path], out: Path) -> int:
     and the command that repeats the run. Returns the number of rows.
 
     Raises:
-        UserError: a folder holds no finished run.
+        UserError: a folder holds no finished run; or ``out`` is a file of something else, which is
+            left alone, or somebody else is writing it.
     """
+    with table_of_runs(out):
+        return write_runs(folders, out)
+
+
+@contextmanager
+def table_of_runs(out: Path) -> Iterator[None]:
+    """Keep the table ``out`` for this process, if it is one of runs, or not there yet.
+
+    Raises:
+        UserError: as :func:`collect`.
+    """
+    with writing(out):
+        records_so_far(out, RUN_COLUMNS)
+        yield
+
+
+def write_runs(folders: Sequence[Path], out: Path) -> int:
+    """:func:`collect`, for who keeps the table."""
     rows = [_row(folder) for folder in folders]
     write_records(out, rows)
     return len(rows)
 
 
 def _row(folder: Path) -> Row:
-    summary_file = folder / "summary.json"
-    if not summary_file.exists():
+    files = RunFolder(folder)
+    if not files.is_finished:
         raise UserError(f"{folder} holds no finished run (it has no summary.json)")
-    summary = read_json(summary_file)
+    summary = files.read_summary()
     recipe = Recipe.from_json(summary["recipe"])
     head = {"recipe": recipe.name, "dataset": recipe.dataset, "seed": summary["seed"]}
     density = {"density": summary["remaining"] / summary["weights"]}
@@ -85,7 +111,8 @@ def write_records(path: Path, rows: Sequence[Row], digits: int | None = None) ->
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows({k: _rounded(v, digits) for k, v in row.items()} for row in rows)
-    write_atomically(path, text.getvalue().encode("utf-8"))
+    # Names of files may hold bytes that are no text; they come out as they came in.
+    write_atomically(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def _rounded(value: Any, digits: int | None) -> Any:
@@ -153,6 +180,21 @@ def _number(text: str) -> Any:
 # -- the file of a study, which is its state -------------------------------------------------------
 
 Identity: TypeAlias = Callable[[Row], Hashable]
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Keep the file ``out`` for this process while a study adds to it, run by run.
+
+    Raises:
+        UserError: there is no folder for it, it is a file of a run, or another process or thread
+            is writing it.
+    """
+    require_folder(out)
+    if run := run_folder_of(Path(os.path.realpath(out))):
+        raise UserError(f"{out} is a file of the run in {run.path}: choose another name")
+    with locked_file(out):
+        yield
 
 
 def require_folder(path: Path) -> None:

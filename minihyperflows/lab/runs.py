@@ -1,8 +1,9 @@
 """A run: one experiment in a folder of its own, that can be killed and continued at any moment.
 
 The folder holds ``recipe.json``, ``metrics.csv`` (a row per epoch), ``layers.csv`` (a row per epoch
-and layer), ``checkpoint.safetensors``, after the dense stage ``dense.safetensors``, and
-at the end ``summary.json`` and ``plots/*.png``. See :class:`RunFolder`.
+and layer), ``checkpoint.safetensors``, after the dense stage ``dense.safetensors``, at the end
+``summary.json`` and ``plots/*.png``, and a lock while it runs.
+See :class:`minihyperflows.lab.folders.RunFolder`.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import dataclasses
 import io
 import json
 import math
+import operator
 import os
 import platform
 import shlex
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,7 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minihyperflows import __version__
-from minihyperflows.engine import NonFiniteLossError
+from minihyperflows.engine import DoubtfulResultWarning, NonFiniteLossError
 from minihyperflows.engine.backend import cupy
 from minihyperflows.flows.gate import counts
 from minihyperflows.flows.recorder import LayerFlow
@@ -34,16 +38,20 @@ from minihyperflows.flows.stages import DENSE, REGROWTH
 from minihyperflows.lab import plots
 from minihyperflows.lab.checkpoint import (
     load_checkpoint,
-    read_json,
+    named_path,
     save_checkpoint,
+    to_json,
     write_atomically,
     write_json,
 )
 from minihyperflows.lab.checks import require_usable
 from minihyperflows.lab.data import Dataset, load
 from minihyperflows.lab.errors import OutOfTimeError, UserError
+from minihyperflows.lab.folders import RunFolder, locked, remove
+from minihyperflows.lab.locks import Lock
 from minihyperflows.lab.recipes import RECIPES, Recipe, find, flat
 from minihyperflows.lab.train import METRICS, EpochRecord, Trainer, build_network
+from minihyperflows.nn import Module
 from minihyperflows.nn.counting import flops, sparse_flops
 
 # Short epochs share a checkpoint: a run that is killed repeats at most about this much work.
@@ -52,56 +60,12 @@ SECONDS_BETWEEN_CHECKPOINTS = 5.0
 LAYER_FIELDS = tuple(f.name for f in dataclasses.fields(LayerFlow))
 
 
-class RunFolder:
-    """The files of one run.
-
-    Attributes:
-        recipe: ``recipe.json``, everything that defines the experiment.
-        metrics: ``metrics.csv``, a row per epoch.
-        layers: ``layers.csv``, a row per epoch and gated layer.
-        checkpoint: ``checkpoint.safetensors``, the state that an interrupted run continues from.
-        dense: ``dense.safetensors``, the checkpoint at the end of the dense stage, which other runs
-            can begin with (``dense_from``).
-        summary: ``summary.json``, the results; it is there once the run is finished.
-        plots: ``plots``, a folder of figures.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.recipe = path / "recipe.json"
-        self.metrics = path / "metrics.csv"
-        self.layers = path / "layers.csv"
-        self.checkpoint = path / "checkpoint.safetensors"
-        self.dense = path / "dense.safetensors"
-        self.summary = path / "summary.json"
-        self.plots = path / "plots"
-
-    def create(self) -> None:
-        """Make the folder.
-
-        Raises:
-            UserError: it cannot be made.
-        """
-        try:
-            self.plots.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the folder {self.path}: {error.strerror}") from error
-
-    def forget(self) -> None:
-        """Remove what an earlier run left, the checkpoint last."""
-        tables = (self.summary, self.metrics, self.layers, self.recipe)
-        for file in (*tables, self.dense, self.checkpoint):
-            try:
-                file.unlink(missing_ok=True)
-            except OSError as error:
-                raise UserError(f"cannot remove {file}: {error.strerror}") from error
-
-
 @dataclasses.dataclass
 class _Run:
     """A run that is not finished: what defines it, and how far it has come."""
 
     folder: RunFolder
+    lock: Lock
     trainer: Trainer
     seed: int
     device: str
@@ -110,6 +74,10 @@ class _Run:
     dense_from: str | None = None  # the folder of the run that trained the dense network
     observe: Callable[[EpochRecord], None] | None = None  # told of each epoch before it is saved
     records: list[EpochRecord] = dataclasses.field(default_factory=list)
+    packages: list[str] = dataclasses.field(default_factory=lambda: [__version__])
+
+    def __post_init__(self) -> None:
+        self.structure = structure(self.trainer.net)  # before it has gates
 
 
 def run(
@@ -124,12 +92,14 @@ def run(
     stop_at: float = math.inf,
     save_every: float | None = None,
     observe: Callable[[EpochRecord], None] | None = None,
+    lock: Lock | None = None,
 ) -> dict[str, Any]:
     """Run ``recipe`` in the folder ``out`` and return its summary.
 
     A run that was interrupted continues from its last finished epoch and ends with the same metrics
     as an undisturbed one, bit for bit (wall times aside). A finished run is not repeated: its
-    summary is read and returned.
+    summary is read and returned. Nobody else can run in the folder meanwhile, and a folder with
+    anything but a run in it is left alone.
 
     Args:
         recipe: a :class:`Recipe`, or the name of one.
@@ -147,33 +117,65 @@ def run(
         save_every: seconds between checkpoints; None for ``SECONDS_BETWEEN_CHECKPOINTS``.
         observe: called with the record of each epoch, before anything of the epoch is saved. What
             it raises ends the run.
+        lock: the folder's lock, if the caller holds it already.
 
     Raises:
         OutOfTimeError: ``stop_at`` has come; the same call goes on from there.
-        UserError: the folder holds another experiment, ``dense_from`` another dense network, the
-            data are missing or damaged, the disk is full, or the loss is no longer finite. One line
-            that says what to do.
+        InUseError: another process or thread runs in the folder.
+        UserError: the folder holds another experiment or something else, ``dense_from`` another
+            dense network, a file is damaged, the data are missing or damaged, the disk is full, or
+            the loss is no longer finite. One line that says what to do.
     """
     recipe = recipe if isinstance(recipe, Recipe) else find(recipe)
-    folder = RunFolder(Path(out))
-    if resume and folder.summary.exists():
-        summary = read_json(folder.summary)
-        _require_same(folder, summary, recipe, seed, device)
-        return summary
-    require_usable(recipe, device)
-    data = load(recipe.dataset, data_dir)
-    save_every = SECONDS_BETWEEN_CHECKPOINTS if save_every is None else save_every
-    trainer = _new_trainer(recipe, data, seed, device)
-    state = _Run(folder, trainer, seed, device, stop_at, save_every, observe=observe)
-    if resume and folder.checkpoint.exists():
-        _continue(state)
-    else:
-        _begin(state, dense_from)
-    _train(state, progress)
-    summary = summarise(state.trainer, state.records, seed, device, state.dense_from)
-    _draw(folder, state.records)
-    write_json(folder.summary, summary)  # last: its presence says that the run is finished
+    seed, folder = whole_seed(seed), RunFolder(named_path(os.fspath(out)))
+    folder.require_ours()
+    if resume and folder.is_finished:  # nothing will be written, so this needs no lock
+        return _finished(folder, recipe, seed, device)
+    with nullcontext(lock) if lock else locked(folder) as held:
+        if resume and folder.is_finished:  # since then
+            return _finished(folder, recipe, seed, device)
+        require_usable(recipe, device)
+        trainer = _new_trainer(recipe, load(recipe.dataset, data_dir), seed, device)
+        save_every = SECONDS_BETWEEN_CHECKPOINTS if save_every is None else save_every
+        state = _Run(folder, held, trainer, seed, device, stop_at, save_every, observe=observe)
+        if resume and folder.checkpoint.exists():
+            _continue(state)
+        else:
+            _begin(state, dense_from)
+        _train(state, progress)
+        return _conclude(state)
+
+
+def whole_seed(seed: Any) -> int:
+    """The seed as a Python number.
+
+    Raises:
+        UserError: it is not a whole number from 0 on.
+    """
+    try:
+        whole = operator.index(seed)
+    except TypeError:
+        whole = -1
+    if whole < 0 or isinstance(seed, bool | np.bool_):
+        raise UserError(f"a seed is a whole number from 0 on, not {seed!r}")
+    return whole
+
+
+def _finished(folder: RunFolder, recipe: Recipe, seed: int, device: str) -> dict[str, Any]:
+    """The summary of the run that is there, if it is the one that is asked for."""
+    summary = folder.read_summary()
+    _require_same(folder, summary, recipe, seed, device)
     return summary
+
+
+def _conclude(run: _Run) -> dict[str, Any]:
+    summary = summarise(run.trainer, run.records, run.seed, run.device, run.dense_from)
+    if len(run.packages) > 1:
+        summary["versions"]["minihyperflows"] = ", ".join(run.packages)
+    run.lock.check()
+    _draw(run.folder, run.records)
+    run.folder.write_summary(summary)  # last: its presence says that the run is finished
+    return json.loads(to_json(summary))
 
 
 # -- starting and continuing ---------------------------------------------------------------------
@@ -188,28 +190,82 @@ def _continue(run: _Run) -> None:
     """Go on from the folder's checkpoint."""
     arrays, values = load_checkpoint(run.folder.checkpoint)
     _require_same(run.folder, values, run.trainer.recipe, run.seed, run.device)
-    _restore(run, arrays, values)
+    _restore(run, run.folder.checkpoint, arrays, values)
     run.dense_from = values.get("dense_from")
+    write_json(run.folder.recipe, run.trainer.recipe.to_json())
     _write_tables(run.folder, run.records)
 
 
 def _begin(run: _Run, dense_from: str | os.PathLike[str] | None) -> None:
-    """Start a run, replacing what is in its folder, with another run's dense network or without."""
+    """Start a run, replacing what is in its folder, with another run's dense network or without.
+
+    Killed anywhere in between, it leaves a folder that says by its recipe that it is a run's, and
+    the dense network that it is to begin with, which may be this folder's own.
+    """
     checkpoint = None if dense_from is None else _dense_checkpoint(run, Path(dense_from))
     run.folder.create()
     run.folder.forget()
     write_json(run.folder.recipe, run.trainer.recipe.to_json())
     if dense_from is not None and checkpoint is not None:
-        _restore(run, *checkpoint)
+        _restore(run, RunFolder(Path(dense_from)).dense, *checkpoint)
         run.dense_from = os.fspath(dense_from)
         _save(run)
+    else:
+        remove(run.folder.dense)
     _write_tables(run.folder, run.records)
 
 
-def _restore(run: _Run, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> None:
-    """Bring the trainer and the records to the state of a checkpoint."""
-    run.trainer.load_state_dict(arrays, values["trainer"])
-    run.records = [_record_from_json(r) for r in values["records"]]
+def _restore(run: _Run, file: Path, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> None:
+    """Bring the trainer and the records to the state of a checkpoint, which ``file`` holds.
+
+    Raises:
+        UserError: it is of another network, though of one of the same name.
+    """
+    there = values.get("structure", run.structure)  # older checkpoints do not have it
+    if difference := first_difference(there, run.structure):
+        raise UserError(
+            f"{file} is of another network of the name {run.trainer.recipe.model} ({difference}): "
+            "go on with the code that began it, or start over with --no-resume"
+        )
+    try:
+        run.trainer.load_state_dict(arrays, values["trainer"])
+        run.records = [_record_from_json(r) for r in values["records"]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{file} does not fit the network of this version ({error}): "
+            "go on with the code that began it, or start over with --no-resume"
+        ) from error
+    run.packages = list(dict.fromkeys([*values.get("packages", ()), __version__]))
+    if run.packages != values.get("packages", run.packages):
+        warnings.warn(
+            f"{file} was written by version {run.packages[-2]} of minihyperflows, this is "
+            f"{__version__}: the run goes on, but may end otherwise than with one version",
+            DoubtfulResultWarning,
+            stacklevel=2,
+        )
+
+
+def structure(net: Module) -> dict[str, str]:
+    """What a network is built of, in words: the kinds and settings of its modules, by name, and the
+    shapes of its parameters. Not what its own code makes of them.
+    """
+    found = {name: f"{t.shape} {t.dtype}" for name, t in net.named_tensors().items()}
+    for name, module in net.named_modules():
+        settings = {k: v for k, v in sorted(vars(module).items()) if _is_setting(k, v)}
+        words = ", ".join(f"{k}={getattr(v, '__name__', v)}" for k, v in settings.items())
+        found[f"module {name}"] = f"{type(module).__name__}({words})"
+    return found
+
+
+def _is_setting(name: str, value: Any) -> bool:
+    if name == "training" or name.startswith("_"):
+        return False
+    if isinstance(value, tuple):
+        return all(_is_setting(name, item) for item in value)
+    plain = isinstance(value, bool | int | float | str | None)
+    return plain or (
+        callable(value) and not isinstance(value, Module) and hasattr(value, "__name__")
+    )
 
 
 def _dense_checkpoint(run: _Run, path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -242,7 +298,13 @@ def _require_same(
     folder: RunFolder, found: dict[str, Any], recipe: Recipe, seed: int, device: str
 ) -> None:
     """Raise unless the folder's run is the one that is asked for."""
-    there = _identity(Recipe.from_json(found["recipe"]), found["seed"], found["device"])
+    try:
+        there = _identity(Recipe.from_json(found["recipe"]), found["seed"], found["device"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder.path} holds a run that cannot be understood ({error}): choose another folder "
+            "with --out, or start over with --no-resume"
+        ) from error
     if difference := first_difference(there, _identity(recipe, seed, device)):
         raise UserError(
             f"{folder.path} holds another run ({difference}): choose another folder with --out, "
@@ -257,7 +319,7 @@ def _identity(recipe: Recipe, seed: int, device: str) -> dict[str, Any]:
 
 def as_json(recipe: Recipe) -> dict[str, Any]:
     """The recipe as it looks once it has been through a JSON file (lists for tuples)."""
-    return json.loads(json.dumps(recipe.to_json()))
+    return json.loads(to_json(recipe.to_json()))
 
 
 def first_difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
@@ -322,12 +384,15 @@ def _save(run: _Run) -> None:
     Before it, at the end of the dense stage, the same under another name: a run that is killed in
     between goes back to an earlier checkpoint and comes through here again.
     """
+    run.lock.check()
     arrays, state = run.trainer.state_dict()
     values = {
         "recipe": as_json(run.trainer.recipe),
         "seed": run.seed,
         "device": run.device,
         "dense_from": run.dense_from,
+        "packages": run.packages,
+        "structure": run.structure,
         "trainer": state,
         "records": [dataclasses.asdict(r) for r in run.records],
     }
@@ -430,10 +495,10 @@ def _options_for(recipe: Recipe) -> list[str] | None:
     target, gamma = recipe.target_sparsity, recipe.pressure.gamma
     if target is None and gamma is not None:
         known = known.with_gamma(gamma)
-        options = ["--gamma", json.dumps(gamma)]
+        options = ["--gamma", to_json(gamma)]
     else:
         known = dataclasses.replace(known, target_sparsity=target)
-        options = ["--target-sparsity", json.dumps(target)]
+        options = ["--target-sparsity", to_json(target)]
     known = dataclasses.replace(known, gpu_dtype=recipe.gpu_dtype)
     here, there = flat(as_json(recipe)), flat(as_json(known))
     changes = {name: value for name, value in here.items() if value != there.get(name)}
@@ -443,7 +508,7 @@ def _options_for(recipe: Recipe) -> list[str] | None:
     except UserError:  # a recipe that was made by hand
         return None
     for name, value in changes.items():
-        options += ["--set", f"{name}={json.dumps(value, separators=(',', ':'))}"]
+        options += ["--set", f"{name}={to_json(value, separators=(',', ':'))}"]
     return options
 
 

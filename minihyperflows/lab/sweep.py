@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,22 @@ import numpy as np
 from tqdm import tqdm
 
 from minihyperflows.engine.backend import to_device
-from minihyperflows.lab.checkpoint import read_json, write_json
+from minihyperflows.lab.checkpoint import (
+    is_temporary,
+    named_path,
+    read_json,
+    remove_temporary,
+    write_json,
+)
 from minihyperflows.lab.checks import require_usable
 from minihyperflows.lab.cluster import Cluster
 from minihyperflows.lab.data import load
 from minihyperflows.lab.errors import UserError
+from minihyperflows.lab.folders import RunFolder, foreign, is_sweep, json_in, locked, remove
+from minihyperflows.lab.locks import locked as lock_folder
 from minihyperflows.lab.recipes import Recipe, find
-from minihyperflows.lab.records import collect, read_records, require_folder
-from minihyperflows.lab.runs import RunFolder, as_json, first_difference
+from minihyperflows.lab.records import read_records, table_of_runs, write_runs
+from minihyperflows.lab.runs import as_json, first_difference
 from minihyperflows.lab.workers import (
     ATTEMPTS,
     Attempt,
@@ -105,32 +113,62 @@ class SweepFolder:
         """Where the run with this pressure and seed is."""
         return self.path / f"gamma-{np.format_float_positional(gamma, trim='-')}-seed{seed}"
 
-    def open(self, recipe: Recipe, device: str, resume: bool) -> None:
-        """Make the folder, or check that it holds this very sweep; without ``resume`` empty it.
+    def require_ours(self) -> None:
+        """Raise unless the folder is a sweep's, or has nothing in it, or is not there.
 
         Raises:
-            UserError: it holds something else.
+            UserError: it is somebody else's, or a run's, or it cannot be used.
         """
-        here = {"recipe": as_json(recipe.with_gamma(1.0)), "device": device}
-        if RunFolder(self.path).recipe.exists():
+        others = foreign(self.path, lambda entry: is_temporary(entry.name, self._names))
+        if not others or is_sweep(json_in(self.description)):
+            return
+        if RunFolder(self.path).is_run():
             raise UserError(
                 f"{self.path} holds a run, not a sweep: choose another folder with --out"
             )
+        raise UserError(
+            f"{self.path} is not empty and not a sweep's folder (it has {others[0]}): "
+            "choose another folder, or a new one"
+        )
+
+    @property
+    def _names(self) -> list[str]:
+        return [self.description.name, self.table.name]
+
+    def open(self, recipe: Recipe, device: str, resume: bool) -> None:
+        """Begin in the folder, or check that it holds this very sweep; without ``resume`` empty it.
+
+        For the holder of the folder's lock.
+
+        Raises:
+            UserError: it holds another sweep, or a run of it is at work.
+        """
+        remove_temporary(self.path, self._names)
+        here = {"recipe": as_json(recipe.with_gamma(1.0)), "device": device}
         if resume and self.description.exists():
             self._require_same(here)
             return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the folder {self.path}: {error.strerror}") from error
         if not resume:
-            for folder in self._run_folders():
-                RunFolder(folder).forget()
+            self._forget_runs()
         write_json(self.description, here)
+
+    def _forget_runs(self) -> None:
+        folders = [RunFolder(path) for path in self._run_folders()]
+        for folder in folders:  # before the first is emptied
+            folder.require_ours()
+        for folder in folders:
+            with locked(folder):
+                folder.forget()
+                remove(folder.dense)
 
     def _require_same(self, here: dict[str, Any]) -> None:
         there = read_json(self.description)
-        there["recipe"] = as_json(Recipe.from_json(there["recipe"]))
+        try:
+            there["recipe"] = as_json(Recipe.from_json(there["recipe"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"cannot understand {self.description} ({error}): start over with --no-resume"
+            ) from error
         if difference := first_difference(there, here):
             raise UserError(
                 f"{self.path} holds another sweep ({difference}): choose another folder with "
@@ -139,12 +177,12 @@ class SweepFolder:
 
     def finished(self) -> list[Path]:
         """The folders of the finished runs, by gamma and seed."""
-        return [folder for folder in self._run_folders() if RunFolder(folder).summary.exists()]
+        return [folder for folder in self._run_folders() if RunFolder(folder).is_finished]
 
     def _run_folders(self) -> list[Path]:
         found = []
         for folder in self.path.glob("gamma-*"):
-            if name := re.fullmatch(r"gamma-([\d.]+)-seed(\d+)", folder.name):
+            if name := re.fullmatch(r"gamma-(\d+(?:\.\d+)?)-seed(\d+)", folder.name):
                 found.append((float(name[1]), int(name[2]), folder))
         return [folder for *_, folder in sorted(found)]
 
@@ -196,7 +234,7 @@ def run_sweep(
             others are finished then.
     """
     recipe = recipe if isinstance(recipe, Recipe) else find(recipe)
-    folder = SweepFolder(Path(out).absolute())
+    folder = SweepFolder(named_path(os.fspath(out)).absolute())
     data_dir = None if data_dir is None else Path(data_dir).absolute()
     if min(seeds, workers, threads) < 1 or not gammas:
         raise UserError("a sweep needs at least one gamma, one seed, one worker and one thread")
@@ -215,14 +253,18 @@ def run_sweep(
         for gamma in gammas
         for seed in range(seeds)
     ]
-    table = folder.table if record is None else Path(record)
-    if record is not None:
-        require_folder(table)
-    require_usable(attempts[0].recipe, device)
-    if scheduler is None:
-        _try_here(recipe, data_dir, device)
-    pool: Pool = Processes(workers) if scheduler is None else Cluster(scheduler)
-    with closing(pool):
+    table = folder.table if record is None else named_path(os.fspath(record))
+    folder.require_ours()
+    with ExitStack() as stack:
+        stack.enter_context(lock_folder(folder.path))
+        folder.require_ours()  # another process may have written to it in between
+        if record is not None:
+            stack.enter_context(table_of_runs(table))
+        require_usable(attempts[0].recipe, device)
+        if scheduler is None:
+            _try_here(recipe, data_dir, device)
+        pool: Pool = Processes(workers) if scheduler is None else Cluster(scheduler)
+        stack.enter_context(closing(pool))
         folder.open(recipe, device, resume)
         failures = _Progress(folder, table, attempts, progress).follow(pool)
     if failures:
@@ -248,7 +290,7 @@ class _Progress:
         self.folder, self.table, self.attempts, self.visible = folder, table, attempts, visible
         self.epochs_per_run = attempts[0].recipe.timeline.epochs
         self.failures: list[str] = []
-        there = (a.folder for a in attempts if RunFolder(a.folder).summary.exists())
+        there = (a.folder for a in attempts if RunFolder(a.folder).is_finished)
         self.epochs = dict.fromkeys(there, self.epochs_per_run)  # that are over, by run
 
     def follow(self, pool: Pool) -> list[str]:
@@ -259,7 +301,7 @@ class _Progress:
             f"{len(self.epochs)} of them finished already; on {pool}"
         )
         if self.folder.finished():
-            collect(self.folder.finished(), self.table)
+            write_runs(self.folder.finished(), self.table)
         bar = tqdm(
             total=len(self.attempts) * self.epochs_per_run,
             initial=sum(self.epochs.values()),
@@ -283,9 +325,9 @@ class _Progress:
         elif event.kind is Kind.FINISHED:
             self.epochs[attempt.folder] = self.epochs_per_run
             self._say(f"{name}  {_results(attempt)}")
-            for text in read_json(RunFolder(attempt.folder).summary).get("warnings", ()):
+            for text in RunFolder(attempt.folder).read_summary().get("warnings", ()):
                 self._say(f"{name}  warning: {text}")
-            collect(self.folder.finished(), self.table)
+            write_runs(self.folder.finished(), self.table)
         elif event.kind is Kind.DIED:
             lost = f"{attempt.deaths + 1} of {ATTEMPTS}"
             self._say(f"{name}  lost its worker ({event.reason}), {lost}; the next one continues")
@@ -300,13 +342,13 @@ class _Progress:
 
 def _results(attempt: Attempt) -> str:
     """What a finished run came to."""
-    file = RunFolder(attempt.folder).summary
-    if not file.exists():
+    folder = RunFolder(attempt.folder)
+    if not folder.is_finished:
         raise UserError(
             f"a worker has finished {attempt.folder}, but it is not there: give a folder as --out "
             "that the cluster and this machine share"
         )
-    summary = read_json(file)
+    summary = folder.read_summary()
     density = summary["remaining"] / summary["weights"]
     return (
         f"density {density:9.4%}  accuracy {summary['test_accuracy']:7.2%}  "

@@ -4,6 +4,7 @@ A worker that dies costs its run an attempt: the next one continues from the las
 attempt marks the run's folder as its own and looks at the mark again after every epoch, before it
 saves anything. So an attempt that has been replaced stops at the end of its epoch and leaves the
 folder alone: one on a machine that only seemed dead, or of a command that was killed and repeated.
+Until then the folder is locked, and its successor waits.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import uuid
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
@@ -29,10 +30,11 @@ from tqdm import tqdm
 
 from minihyperflows.engine import DeviceError, DoubtfulResultWarning
 from minihyperflows.engine.threads import set_threads
-from minihyperflows.lab.checkpoint import write_atomically
 from minihyperflows.lab.errors import UserError
+from minihyperflows.lab.folders import RunFolder, locked
+from minihyperflows.lab.locks import WORKER, Holder
 from minihyperflows.lab.recipes import Recipe
-from minihyperflows.lab.runs import RunFolder, run
+from minihyperflows.lab.runs import run
 from minihyperflows.lab.train import EpochRecord
 
 ATTEMPTS = 3  # a run is given up when as many workers have died of it
@@ -70,7 +72,7 @@ class Attempt:
     @property
     def mark(self) -> Path:
         """The file that says whose the folder is."""
-        return self.folder / "attempt"
+        return RunFolder(self.folder).attempt
 
     def next(self) -> Attempt:
         """The attempt after this one, whose worker died."""
@@ -84,14 +86,24 @@ class Attempt:
             return False
 
     def take(self) -> None:
-        """Make the folder this attempt's."""
-        RunFolder(self.folder).create()
-        write_atomically(self.mark, self.token.encode("utf-8"), durable=False)
+        """Make the folder this attempt's.
+
+        Raises:
+            UserError: it is not a run's, or cannot be written to.
+        """
+        folder = RunFolder(self.folder)
+        folder.require_ours()
+        folder.create()
+        try:  # half a token is nobody's, so this needs no temporary file
+            self.mark.write_text(self.token, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {self.mark}: {error.strerror or error}") from error
 
     def withdraw(self) -> None:
         """Let the attempt stop after its epoch, wherever it runs."""
         if self.is_current():
-            self.mark.unlink(missing_ok=True)
+            with suppress(OSError):  # the folder is gone, or read-only by now
+                self.mark.unlink(missing_ok=True)
 
 
 class Kind(Enum):
@@ -131,19 +143,27 @@ def carry_out(attempt: Attempt, report: Callable[[int], None]) -> tuple[Kind, st
             raise _SupersededError
         report(record.epoch)
 
+    def may_wait(holder: Holder) -> bool:
+        """For an attempt before this one, which stops at the end of its epoch."""
+        if not attempt.is_current():
+            raise _SupersededError
+        return holder.kind == WORKER
+
     try:
         attempt.take()
         set_threads(attempt.threads)
-        run(
-            attempt.recipe,
-            attempt.folder,
-            data_dir=attempt.data_dir,
-            device=attempt.device,
-            seed=attempt.seed,
-            progress=False,
-            dense_from=_dense_network(attempt),
-            observe=after_epoch,
-        )
+        with locked(RunFolder(attempt.folder), kind=WORKER, may_wait=may_wait) as lock:
+            run(
+                attempt.recipe,
+                attempt.folder,
+                data_dir=attempt.data_dir,
+                device=attempt.device,
+                seed=attempt.seed,
+                progress=False,
+                dense_from=_dense_network(attempt),
+                observe=after_epoch,
+                lock=lock,
+            )
     except _SupersededError:
         return Kind.SUPERSEDED, str(attempt.folder)
     except (UserError, DeviceError) as error:

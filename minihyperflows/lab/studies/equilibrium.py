@@ -37,7 +37,7 @@ from minihyperflows import functional as F
 from minihyperflows.engine import Tensor
 from minihyperflows.flows.gate import is_present
 from minihyperflows.flows.recorder import LayerFlow
-from minihyperflows.lab.checkpoint import load_checkpoint, read_json
+from minihyperflows.lab.checkpoint import load_checkpoint
 from minihyperflows.lab.console import Parser
 from minihyperflows.lab.data import Dataset, load, normalise
 from minihyperflows.lab.errors import UserError
@@ -265,7 +265,7 @@ def _plan(options: argparse.Namespace, bar: tqdm) -> Plan:
     """Recipe, seed, the command that repeats the run, and what carries it out."""
     ending = ["--sample", str(options.sample), "--out", options.out.name]
     for folder in options.runs:
-        summary = read_json(RunFolder(folder).summary)
+        summary = RunFolder(folder).read_summary()
         here = shlex.join(["python", "-m", MODULE, "--runs", "RUN", *ending])
         command = f"{summary['command']} --out RUN; {here}"
         recipe = Recipe.from_json(summary["recipe"])
