@@ -1,4 +1,4 @@
-"""A program that disturbs runs at every single write, and looks at what the next command makes of it.
+"""A program that disturbs runs at every single write, and looks at what comes of it.
 
 ``python killing.py FOLDER KIND TROUBLE``: for k = 1, 2, ... a process begins a run and meets its
 trouble just before its k-th change of the file system: a file opened for writing, renamed or

@@ -105,11 +105,18 @@ class Lock:
                 if _is_at(self.path, descriptor):
                     self._require_ours(descriptor)
                     return descriptor
-            except BaseException:
+            except BaseException as error:
                 os.close(descriptor)
+                if isinstance(error, OSError):  # there are no locks, so it is nobody's
+                    self._remove_if_empty()
                 raise
             os.close(descriptor)  # its holder has removed it between the two calls
         raise InUseError(self.what, Holder())
+
+    def _remove_if_empty(self) -> None:
+        with contextlib.suppress(OSError):
+            if not self.path.stat().st_size:
+                self.path.unlink()
 
     def _require_ours(self, descriptor: int) -> None:
         text = _read(descriptor).strip(b"\0")  # of a file that lost its contents with the power
@@ -187,9 +194,7 @@ def locked(
         finally:
             lock.release()
     finally:
-        for parent in made:
-            with contextlib.suppress(OSError):  # it has contents, as it should
-                parent.rmdir()
+        _remove_empty(made)
 
 
 def _wait_for(
@@ -228,13 +233,20 @@ def locked_file(path: Path) -> Iterator[None]:
 
 def _make(folder: Path) -> list[Path]:
     """Make ``folder``; returns what was missing, the innermost first."""
+    missing = [p for p in (folder, *folder.parents) if not os.path.lexists(p)]
     try:
-        missing = [p for p in (folder, *folder.parents) if not os.path.lexists(p)]
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        _remove_empty(missing)
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot make the folder {folder}: {reason}") from error
     return missing
+
+
+def _remove_empty(made: list[Path]) -> None:
+    for folder in made:
+        with contextlib.suppress(OSError, ValueError):  # it has contents, as it should
+            folder.rmdir()
 
 
 def _open(path: Path) -> int:

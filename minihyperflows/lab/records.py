@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import functools
+import inspect
 import io
 import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar, cast
 
 from minihyperflows.lab.checkpoint import write_atomically
 from minihyperflows.lab.errors import UserError
@@ -195,6 +197,26 @@ def writing(out: Path) -> Iterator[None]:
         raise UserError(f"{out} is a file of the run in {run.path}: choose another name")
     with locked_file(out):
         yield
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def adds_to_table(function: Function) -> Function:
+    """Decorates a function that reads a table, then adds to it run by run.
+
+    Its argument ``out``, or ``options.out``, names the table, which is kept for the while
+    (:func:`writing`): of two studies at once each would write its rows over the other's.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def keeping(*arguments: Any, **more: Any) -> Any:
+        given = signature.bind(*arguments, **more).arguments
+        with writing(given["out"] if "out" in given else given["options"].out):
+            return function(*arguments, **more)
+
+    return cast(Function, keeping)
 
 
 def require_folder(path: Path) -> None:

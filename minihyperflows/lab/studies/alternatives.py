@@ -60,7 +60,7 @@ from minihyperflows.lab.console import Parser
 from minihyperflows.lab.data import Dataset, load, normalise
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import Recipe, find
-from minihyperflows.lab.records import join_records, records_so_far, write_records
+from minihyperflows.lab.records import adds_to_table, join_records, records_so_far, write_records
 from minihyperflows.lab.runs import provenance
 from minihyperflows.lab.studies.command import parse_seed, reporting
 from minihyperflows.lab.train import Trainer, build_network, evaluate
@@ -323,6 +323,7 @@ def paired_differences(rows: Sequence[Row], reference: str = HYPERFLOWS) -> list
     return result
 
 
+@adds_to_table
 def join(files: Sequence[Path], out: Path) -> list[Row]:
     """Add the rows of all files to ``out``, by sparsity, method and seed, each run once."""
     rows = join_records(out, files, _identity, IDENTITY)
@@ -370,6 +371,7 @@ def save_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
     write_atomically(file, content.getvalue())
 
 
+@adds_to_table
 def run_study(
     out: Path,
     recipe: Recipe,

@@ -25,7 +25,7 @@ from minihyperflows.lab.checkpoint import load_checkpoint
 from minihyperflows.lab.console import Parser
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import Recipe
-from minihyperflows.lab.records import settings, write_records
+from minihyperflows.lab.records import adds_to_table, records_so_far, settings, write_records
 from minihyperflows.lab.runs import RunFolder
 from minihyperflows.lab.studies.command import reporting
 
@@ -83,7 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     parser.add_argument("--unfinished", action="store_true", help="take unfinished runs too")
-    options = parser.parse_args(arguments)
+    write_courses(parser.parse_args(arguments))
+
+
+@adds_to_table
+def write_courses(options: argparse.Namespace) -> None:
+    """Replace the table by one of these runs."""
+    records_so_far(options.out, ("seed", "epoch", "flips", "flux"))  # nothing else is replaced
     rows = [row for folder in options.runs for row in course(folder, options.unfinished)]
     write_records(options.out, rows, digits=6)
 

@@ -63,6 +63,7 @@ from tqdm import tqdm
 
 from minihyperflows.lab.console import Parser
 from minihyperflows.lab.errors import UserError
+from minihyperflows.lab.records import adds_to_table
 from minihyperflows.lab.runs import gpu_versions, provenance
 from minihyperflows.lab.studies.command import parse_fraction, parse_seed, reporting
 from minihyperflows.lab.studies.dhp_runs import (
@@ -295,6 +296,7 @@ def require_possible(network: str, target: float | str, task: Task) -> None:
     require_reachable(target, ratio_of(whole, whole.sizes() | whole.floors), network)
 
 
+@adds_to_table
 def run_study(options: argparse.Namespace) -> None:
     """Do the runs that are not in the tables yet; or take over those of other files."""
     tables = Tables(options.out)

@@ -42,7 +42,7 @@ from minihyperflows.lab.console import Parser
 from minihyperflows.lab.data import Dataset, load, normalise
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import Recipe, find
-from minihyperflows.lab.records import Record
+from minihyperflows.lab.records import Record, adds_to_table
 from minihyperflows.lab.runs import RunFolder, provenance
 from minihyperflows.lab.studies.command import parse_seed, reporting
 from minihyperflows.lab.sweep import parse_gammas
@@ -245,6 +245,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if (options.recipe is None) == (not options.runs):
         parser.error("give a recipe, or finished runs with --runs")
+    run_study(options)
+
+
+@adds_to_table
+def run_study(options: argparse.Namespace) -> None:
+    """Measure the runs that are not in the tables yet."""
     record = Record(options.out, ("epochs", "supports"), _identity, IDENTITY)
     bar = tqdm(unit="epoch", dynamic_ncols=True)
     for recipe, seed, command, finish in _plan(options, bar):

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from minihyperflows.lab.console import Parser
 from minihyperflows.lab.data import Dataset, load
 from minihyperflows.lab.errors import UserError
-from minihyperflows.lab.records import join_records, records_so_far, write_records
+from minihyperflows.lab.records import adds_to_table, join_records, records_so_far, write_records
 from minihyperflows.lab.runs import provenance
 from minihyperflows.lab.studies import gradient_flow_filters as filters
 from minihyperflows.lab.studies import gradient_flow_weights as weights
@@ -136,6 +136,7 @@ class Grid:
 # -- the study -----------------------------------------------------------------------------------
 
 
+@adds_to_table
 def run_study(out: Path, grid: Grid, plan: Plan, data: Dataset, progress: bool = True) -> list[Row]:
     """Do the runs that have no rows in ``out`` yet; returns all rows."""
     networks = PARTS[grid.part].networks
@@ -210,6 +211,7 @@ def source(grid: Grid, run: Run, plan: Plan, data: Dataset) -> Row:
     return provenance(DTYPE.__name__, command)
 
 
+@adds_to_table
 def join(files: Sequence[Path], out: Path) -> list[Row]:
     """Add the rows of all files to ``out``, each run once; returns all rows."""
     rows = sorted(join_records(out, files, identity, IDENTITY), key=identity)

@@ -56,6 +56,7 @@ from minihyperflows.lab.checkpoint import load_checkpoint, save_checkpoint
 from minihyperflows.lab.console import Parser
 from minihyperflows.lab.data import Dataset, load
 from minihyperflows.lab.errors import UserError
+from minihyperflows.lab.locks import locked
 from minihyperflows.lab.recipes import Recipe, find
 from minihyperflows.lab.records import write_records
 from minihyperflows.lab.runs import provenance
@@ -577,13 +578,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recipe = find(options.recipe).with_fields(SHORT)
     if recipe.model != "lenet300":
         raise UserError(f"this study looks into LeNet-300, not into {recipe.model}")
-    study = Study(options.out, recipe, load(recipe.dataset, options.data_dir))
-    if options.action == "tables":
-        write_tables(study)
-        return
-    for name in tqdm([name for name in names if not study.has(name)], unit="run"):
-        words = ["python", "-m", MODULE, "run", name, "--recipe", recipe.name]
-        study.do(RUNS[name], f"{shlex.join(words)} --data-dir DIR --out FOLDER")
+    with locked(options.out):
+        study = Study(options.out, recipe, load(recipe.dataset, options.data_dir))
+        if options.action == "tables":
+            write_tables(study)
+            return
+        for name in tqdm([name for name in names if not study.has(name)], unit="run"):
+            words = ["python", "-m", MODULE, "run", name, "--recipe", recipe.name]
+            study.do(RUNS[name], f"{shlex.join(words)} --data-dir DIR --out FOLDER")
 
 
 if __name__ == "__main__":

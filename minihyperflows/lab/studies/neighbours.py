@@ -53,7 +53,7 @@ from tqdm import tqdm
 from minihyperflows.flows.law import mean_half_width
 from minihyperflows.lab.console import Parser
 from minihyperflows.lab.errors import UserError
-from minihyperflows.lab.records import join_records, read_records, write_records
+from minihyperflows.lab.records import adds_to_table, join_records, read_records, write_records
 from minihyperflows.lab.runs import provenance
 from minihyperflows.lab.studies.command import DIGITS, parse_fraction, parse_seed, reporting
 from minihyperflows.lab.studies.dhp_runs import MACS, WEIGHTS
@@ -222,6 +222,7 @@ def experiment_of(network: str) -> Experiment:
     return dataclasses.replace(EXPERIMENTS[network], classifier_keeps=0.0, check_every=1)
 
 
+@adds_to_table
 def run_study(options: argparse.Namespace) -> list[Row]:
     """Do the runs that are not in the table yet; returns all rows."""
     rows = join_records(options.out, options.join, identity, TABLE)

@@ -61,7 +61,7 @@ from minihyperflows.lab.console import Parser
 from minihyperflows.lab.data import Dataset, load
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.recipes import Recipe, find
-from minihyperflows.lab.records import join_records, records_so_far, write_records
+from minihyperflows.lab.records import adds_to_table, join_records, records_so_far, write_records
 from minihyperflows.lab.runs import provenance
 from minihyperflows.lab.studies.command import parse_seed, reporting
 from minihyperflows.lab.sweep import parse_gammas
@@ -443,6 +443,7 @@ def exponent(rows: Sequence[Row], low: float, high: float, saliency: str = "sali
 # -- the command ---------------------------------------------------------------------------------
 
 
+@adds_to_table
 def study(
     out: Path,
     setting: Setting,
@@ -495,6 +496,7 @@ def _command(setting: Setting, method: str, seed: int) -> str:
     return shlex.join(["python", "-m", MODULE, *words]) + " --data-dir DIR --out FILE"
 
 
+@adds_to_table
 def join(files: Sequence[Path], out: Path) -> None:
     """Add the rows of several files to ``out``, each run once."""
     rows = join_records(out, files, itemgetter("command"), RECORD)

@@ -38,7 +38,7 @@ from minihyperflows.flows.gate import gated_layers, is_present
 from minihyperflows.lab.console import Parser
 from minihyperflows.lab.data import Dataset, load
 from minihyperflows.lab.recipes import Recipe, find
-from minihyperflows.lab.records import Record
+from minihyperflows.lab.records import Record, adds_to_table
 from minihyperflows.lab.runs import provenance
 from minihyperflows.lab.studies.command import parse_seed, reporting
 from minihyperflows.lab.studies.equilibrium import supports
@@ -455,7 +455,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--join", type=Path, nargs="+", default=[], metavar="FILE")
     parser.add_argument("--data-dir", help="where MNIST lies")
     parser.add_argument("--out", type=Path, required=True, help="continued if it is there")
-    options = parser.parse_args(arguments)
+    run_study(parser.parse_args(arguments))
+
+
+@adds_to_table
+def run_study(options: argparse.Namespace) -> None:
+    """Do the runs that are not in the tables yet, and take over those of other files."""
     record = Record(options.out, ("epochs", "ages"), _identity, COLUMNS, order=_order)
     for other in options.join:
         record.join(other)

@@ -30,7 +30,7 @@ from minihyperflows.flows.stages import DENSE, PRUNING
 from minihyperflows.lab.console import Parser
 from minihyperflows.lab.data import Dataset, load, normalise
 from minihyperflows.lab.recipes import RECIPES, Recipe, find
-from minihyperflows.lab.records import records_so_far, write_records
+from minihyperflows.lab.records import adds_to_table, records_so_far, write_records
 from minihyperflows.lab.runs import provenance
 from minihyperflows.lab.studies.command import reporting
 from minihyperflows.lab.train import EpochRecord, Trainer, build_network
@@ -410,13 +410,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sample", type=int, default=300, help="weights per layer and state")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
+    run_study(options, _command(sys.argv[1:] if arguments is None else arguments))
+
+
+@adds_to_table
+def run_study(options: argparse.Namespace, command: str) -> None:
+    """Do the runs of the seeds that have no rows in the table yet."""
     recipe = find(options.recipe).scaled(options.epochs_scale)
     data = load(recipe.dataset, options.data_dir)
     rows = records_so_far(options.out, ("seed", "moment", "layer", "estimate"))
     done = {row["seed"] for row in rows}
     missing = [seed for seed in range(options.seeds) if seed not in done]
     epochs = recipe.dense.epochs + recipe.timeline.pruning
-    command = _command(sys.argv[1:] if arguments is None else arguments)
     with tqdm(total=len(missing) * epochs, unit="epoch") as progress:
         for seed in missing:
             measured = study(recipe, data, seed, options.images, options.sample, progress=progress)

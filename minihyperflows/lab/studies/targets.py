@@ -29,7 +29,7 @@ from minihyperflows.flows.stages import PRUNING, REGROWTH
 from minihyperflows.lab.console import Parser
 from minihyperflows.lab.data import Dataset, load
 from minihyperflows.lab.recipes import Recipe, find
-from minihyperflows.lab.records import records_so_far, write_records
+from minihyperflows.lab.records import adds_to_table, records_so_far, write_records
 from minihyperflows.lab.runs import provenance
 from minihyperflows.lab.studies.command import reporting
 from minihyperflows.lab.train import EpochRecord, Trainer, build_network
@@ -205,6 +205,7 @@ def row(
 # -- the study -----------------------------------------------------------------------------------
 
 
+@adds_to_table
 def run_study(
     out: Path,
     settings: Sequence[str] = tuple(SETTINGS),
