@@ -481,8 +481,17 @@ def test_collect_replaces_tables_of_runs_and_nothing_else(
 
 
 @posix
-@pytest.mark.parametrize("trouble", ["killed", "full", "gone"])
-@pytest.mark.parametrize("kind", ["new", "over", "own"])
+@pytest.mark.parametrize(
+    ("kind", "trouble"),
+    [
+        *(("new", "killed"), ("over", "killed"), ("own", "killed"), ("new", "full")),
+        pytest.param("over", "full", marks=pytest.mark.slow),
+        pytest.param("own", "full", marks=pytest.mark.slow),
+        ("new", "gone"),
+        pytest.param("over", "gone", marks=pytest.mark.slow),
+        pytest.param("own", "gone", marks=pytest.mark.slow),
+    ],
+)
 def test_trouble_at_every_write(kind: str, trouble: str, tmp_path: Path) -> None:
     command = [sys.executable, str(HERE / "killing.py"), str(tmp_path), kind, trouble]
     done = subprocess.run(command, capture_output=True, text=True)
