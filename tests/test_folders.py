@@ -21,6 +21,7 @@ from minihyperflows.lab import checkpoint, folders, locks, records, runs, sweep
 from minihyperflows.lab.cli import main
 from minihyperflows.lab.records import write_records
 
+pytestmark = pytest.mark.filterwarnings("ignore:landing removed")  # runs are short
 posix = pytest.mark.skipif(os.name == "nt", reason="there is no fork and no SIGKILL on Windows")
 HERE = Path(__file__).parent
 
@@ -724,7 +725,7 @@ def test_a_long_name_of_a_file_that_fits(finished: Path, tmp_path: Path) -> None
 
 
 @posix
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_a_name_that_the_terminal_cannot_show(encoding: str, tmp_path: Path, whole: Path) -> None:
     for name in ("ümläut ☃", os.fsdecode(b"not-utf8-\xff")):
         try:
@@ -735,11 +736,13 @@ def test_a_name_that_the_terminal_cannot_show(encoding: str, tmp_path: Path, who
         environment |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
         command = [sys.executable, "-m", "minihyperflows", "export", str(tmp_path / name)]
         out = tmp_path / f"{name}.safetensors"
-        for arguments in ([*command, str(out)], [*command, str(out / name)]):
-            done = subprocess.run(arguments, capture_output=True, env=environment)
-            assert b"Traceback" not in done.stderr
-            assert done.returncode == (2 if arguments[-1] != str(out) else 0), done.stderr
+        done = subprocess.run([*command, str(out)], capture_output=True, env=environment)
+        assert done.returncode == 0, done.stderr
         assert out.exists()
+        done = subprocess.run(
+            [*command[:-1], str(out), str(out)], capture_output=True, env=environment
+        )
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
 
 
 def test_a_folder_that_cannot_be_written_to(

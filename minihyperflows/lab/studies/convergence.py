@@ -15,6 +15,7 @@ With ``--unfinished`` also runs that have not come to their end, as far as they 
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias

@@ -25,6 +25,7 @@ rows of files made by other processes are taken over first.
 
 from __future__ import annotations
 
+import argparse
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path

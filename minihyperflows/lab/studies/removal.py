@@ -15,6 +15,7 @@ A seed that is in the table already is not measured again.
 
 from __future__ import annotations
 
+import argparse
 import math
 import shlex
 import sys
