@@ -267,9 +267,7 @@ class Builder:
 
     def both(self, a: Value, b: Value) -> Value:
         """The sum or product of two values of one shape."""
-        one_entry = a.channels == 1 and 0 in (a.number, b.number)
-        if not one_entry:  # a grey image has one entry, which is not one for each channel
-            self.facts.join(a.space, b.space)
+        self.facts.join(a.space, b.space)
         value = b if a.number == 0 else a
         return self.step(str(self.rng.choice(["add", "multiply"])), [a, b], value)
 
@@ -359,6 +357,8 @@ class Builder:
         array = self.rng.uniform(0.5, 2, shape).astype(self.dtype)
         if shape and shape[-1] > 1:
             self.facts.fixed.add(x.space)
+        elif shape and kind == "times tensor":  # as if it were another image
+            (self.facts.fixed if x.channels == 1 else self.facts.stretched).add(x.space)
         return self.step(kind, [x], x, option=array)
 
     def softmax(self, x: Value) -> Value:

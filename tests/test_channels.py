@@ -239,7 +239,7 @@ def test_channels_with_an_entry_of_something_else_stay(
     "between",
     [
         lambda net, y, x: y * np.float32(3) + np.ones((3, 3, 1), np.float32),
-        lambda net, y, x: Tensor(np.ones(1, np.float32)) - y,
+        lambda net, y, x: np.ones(1, np.float32) - y,
         lambda net, y, x: F.softmax(y, axis=1),
         lambda net, y, x: net.norm(y) * (0.5 * net.norm.weight),
     ],

@@ -70,7 +70,7 @@ class ChannelGroup:
         removable: False for the channels of the images and for the outputs of the network; and
             where something else has an entry for each of them: a constant that they are multiplied
             by or added to, a softmax over them, a weight that is computed from another.
-        stretched: whether something with a single channel, such as an attention map, is broadcast
+        stretched: whether a tensor with a single channel, such as an attention map, is broadcast
             over them.
         tied: those of ``outputs`` that share the weight of an earlier one.
     """
@@ -147,6 +147,7 @@ class Tracer:
         depthwise: weights of depthwise convolutions.
         constants: axes of what cutting does not change, by identity: the images, other arrays, and
             parameters that are no layer's.
+        images: those of tensors among them.
         fixed: further axes whose channels must stay.
         stretched: axes that something with one channel is broadcast over.
     """
@@ -162,6 +163,7 @@ class Tracer:
         self.inputs: dict[Tensor, Axis] = {}
         self.depthwise: set[Tensor] = set()
         self.constants: dict[int, Axis] = {}
+        self.images: list[Axis] = []
         self.fixed: list[Axis] = []
         self.stretched: list[Axis] = []
         self._parents: list[int] = []  # a forest; the root of a tree is the space's number
@@ -208,6 +210,8 @@ class Tracer:
         key = id(x) if self._is_constant(x) else x
         if key not in axes:
             axes[key] = self._new()
+            if axes is self.constants and isinstance(x, Tensor):
+                self.images.append(axes[key])
         return axes[key]
 
     def _is_constant(self, x: Any) -> bool:
@@ -279,13 +283,13 @@ class Tracer:
             raise ValueError(f"{function.name}: it reduces the axis of channels")
         channels = function.output_shape[-1:]
         whole = [x for x in function.inputs if _shape(x)[-1:] == channels]
-        if channels == (1,):  # one entry is not one for each channel
-            whole = [x for x in whole if not self._is_constant(x)]
+        if channels == (1,):  # one entry of an array is not one for each channel
+            whole = [x for x in whole if isinstance(x, Tensor | Intermediate)]
         axes = [self._axis(x) for x in whole]
         for axis in axes[1:]:
             self.join(axis, axes[0], function.name)
-        single = [x for x in function.inputs if _shape(x)[-1:] == (1,) != channels]
-        if not all(self._is_constant(x) for x in single):
+        tensors = [x for x in function.inputs if isinstance(x, Tensor | Intermediate)]
+        if any(_shape(x)[-1:] == (1,) != channels for x in tensors):
             self.stretched.append(axes[0])
         if self._has_entries(function):
             self.fixed.append(axes[0])
@@ -331,14 +335,16 @@ def collect(net: Module, tracer: Tracer) -> dict[str, ChannelGroup]:
     first = {m.weight: n for n, m in reversed(used)}
     fixed = tracer.spaces([*tracer.fixed, *tracer.constants.values()])
     stretched = tracer.spaces(tracer.stretched)
-    from_outside = [s for s in map(tracer.space, tracer.constants.values()) if s in read.values()]
     from_layers = [made[n] for n, m in used if isinstance(m, Weighted)]
+    images, constants = (map(tracer.space, a) for a in (tracer.images, tracer.constants.values()))
+    order = [*images, *(s for s in constants if s not in from_layers), *from_layers]
     groups: dict[str, ChannelGroup] = {}
-    order = [s for s in from_outside if s not in from_layers] + from_layers
     for space in dict.fromkeys(order):  # each once
         makers = [(n, m) for n, m in used if made[n] == space]
         outputs = tuple(n for n, m in makers if isinstance(m, Weighted))
         readers = {n: tracer.inputs[m.weight].repeats for n, m in used if read.get(n) == space}
+        if not (makers or readers):
+            continue
         sizes = [m.weight.shape[0] for _, m in makers]
         sizes += [m.weight.shape[-1] // readers[n] for n, m in used if n in readers]
         name = outputs[0] if outputs else _free_name([*groups, *dict(net.named_modules())])
