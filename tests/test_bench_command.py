@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from lanes import large
 
 from minihyperflows import flows, models
 from minihyperflows.engine import conv
@@ -41,6 +42,7 @@ def short_samples(monkeypatch):
 # -- the command ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_our_figures_alone(tmp_path, capsys):
     file = tmp_path / "record.json"
     options = ["--no-torch", "--batch", "2", "--rounds", "2", "--width", "0.05", "--layers"]
@@ -68,6 +70,7 @@ def test_our_figures_alone(tmp_path, capsys):
     assert sum(layer["count"] for layer in record["layers"]) == 16  # VGG-19 has 16 convolutions
 
 
+@pytest.mark.slow
 @needs_torch
 def test_beside_pytorch():
     lines = []
@@ -108,6 +111,7 @@ def test_mistakes_get_one_line_and_status_2(arguments, words, tmp_path, monkeypa
         assert word in line
 
 
+@pytest.mark.slow
 def test_the_table_says_what_spoils_or_misses_a_measurement(monkeypatch):
     monkeypatch.setattr("minihyperflows.lab.bench.torch_available", lambda: False)
     monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
@@ -120,6 +124,7 @@ def test_the_table_says_what_spoils_or_misses_a_measurement(monkeypatch):
     assert "warning" not in quiet
 
 
+@pytest.mark.slow
 def test_the_command_line_does_not_load_pytorch():
     code = "import sys, minihyperflows.lab.cli; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -161,6 +166,7 @@ def test_memory_of_a_step_is_that_of_a_fresh_process():
     assert 3e6 < found["increase"] < found["peak"] < ballast.nbytes
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_is_reported_in_one_line():
     with pytest.raises(bench.UserError, match=r"memory of nonsense \(ours\): AttributeError"):
         bench.fresh_step_memory("ours", "nonsense", BenchSettings(batch=2))
@@ -195,7 +201,7 @@ def test_distinct_convolutions_of_the_networks():
 
 @needs_torch
 @pytest.mark.parametrize("memory_format", FORMATS)
-@pytest.mark.parametrize("network", bench.NETWORKS)
+@pytest.mark.parametrize("network", ["lenet300", "vgg19", *large("resnet50")])
 def test_both_sides_compute_the_same_step(network, memory_format):
     """The loss and the norms of gradients to 1e-4, and the loss after a step of both optimisers.
 

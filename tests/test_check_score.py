@@ -57,6 +57,7 @@ def second_order(net: Module, x: np.ndarray, labels: np.ndarray) -> Arrays:
     return scores
 
 
+@pytest.mark.slow
 def test_estimates_of_the_loss_are_told_apart_by_their_order() -> None:
     check_score(first_order, loss_order=1)
     check_score(second_order, "filter", loss_order=2)

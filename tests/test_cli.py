@@ -15,6 +15,7 @@ def run(*arguments, cwd=None):
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_main_job_in_short(tmp_path):
     done = run("prune", "--epochs-scale", "0.03", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -60,6 +61,7 @@ def test_mistakes_get_one_line_and_status_2(arguments, words, tmp_path, monkeypa
     assert not list(tmp_path.rglob("*.*")), "something was half-written"
 
 
+@pytest.mark.slow
 def test_a_constant_pressure(tmp_path, monkeypatch, capsys):
     """As a run of a sweep says that it can be repeated."""
     monkeypatch.chdir(tmp_path)
@@ -78,6 +80,7 @@ def test_a_constant_pressure(tmp_path, monkeypatch, capsys):
     assert summary["sparsity"] == summary["sparsity_before_regrowth"]
 
 
+@pytest.mark.slow
 def test_no_traceback_from_a_real_process(tmp_path):
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     done = run("prune", "--out", tmp_path / "file", "--epochs-scale", "0.01")

@@ -65,6 +65,7 @@ def test_digits_are_there_without_any_file() -> None:
     np.testing.assert_allclose(share, 0.2, atol=0.005)
 
 
+@pytest.mark.slow
 def test_the_digits_file_is_what_its_script_makes() -> None:
     pytest.importorskip("sklearn")
     made = script("make_digits").digits_arrays()
@@ -125,6 +126,7 @@ def test_shapes32_refuses_empty_splits_and_negative_seeds(train: int, test: int,
         make_shapes32(train, test, seed)
 
 
+@pytest.mark.slow
 def test_the_shapes32_script_writes_what_cifar_readers_read(tmp_path: Path) -> None:
     module = script("make_shapes32")
     folder = tmp_path / "new"

@@ -206,6 +206,7 @@ def searched(dtype: Any, hyper_bias: bool, target: float, l1: float, seed: int =
     return Found(search, generated(network), extract(network))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_a_search_reaches_its_target(dtype: Any) -> None:
     """Half of the multiplications, in under 200 steps, and an ordinary network that learns."""
@@ -238,6 +239,7 @@ def test_the_function_gap_is_large_as_published() -> None:
     assert cut < full - 0.25
 
 
+@pytest.mark.slow
 def test_without_biases_there_is_no_gap() -> None:
     """U9: latents carry the function, so what is cut was not used any more."""
     found = searched(np.float64, hyper_bias=False, target=0.8, l1=0.1)

@@ -53,6 +53,7 @@ def latents_after(shrinkage: FreeShrinkage, z: np.ndarray, steps: int) -> np.nda
     return abs(latent.data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("l1", "decay"), [(3e-4, 1e-4), (0.0, 1e-4), (3e-4, 0.0)])
 def test_the_closed_form_is_what_ten_thousand_steps_do(l1: float, decay: float) -> None:
     """U4. The momentum takes ten steps to begin, which is all that the formula leaves out."""

@@ -137,6 +137,7 @@ def one_kernel(text: str, name: str, *options: str) -> Any:
 # -- kernels ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("c_type", "dtype"), [("float", "float32"), ("__half", "float16")])
 def test_threads_wait_for_each_other_at_barriers(xp, c_type: str, dtype: str) -> None:
     x = xp.asarray(np.arange(5 * 64, dtype=dtype))
@@ -157,6 +158,7 @@ def test_grids_and_blocks_have_three_dimensions(xp) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_barrier_in_a_header_counts(xp, tmp_path: Path) -> None:
     (tmp_path / "outer.cuh").write_text('#pragma once\n#include "inner.cuh"\n', encoding="utf-8")
     (tmp_path / "inner.cuh").write_text(
@@ -268,6 +270,7 @@ def test_a_name_that_was_not_asked_for(xp) -> None:
         kernel("reverse<float, 9>")
 
 
+@pytest.mark.slow
 def test_the_words_of_the_compiler_are_shown(xp) -> None:
     text = "\n__global__ void f(float* x) {\n    x[0] = nothing_of_that_name;\n}"
     with pytest.raises(ValueError, match=r"do not compile[\s\S]*:3:[\s\S]*nothing_of_that_name"):
@@ -662,6 +665,7 @@ def lookup(module: Any, name: str) -> Any:
     return module
 
 
+@pytest.mark.slow
 def test_the_emulator_has_what_the_package_asks_for(xp) -> None:
     names = names_of_cupy()
     assert {"empty", "cuda.Stream", "RawModule", "lib.stride_tricks.sliding_window_view"} <= names

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lanes import large
 
 from minihyperflows import flows, models, nn, optim
 from minihyperflows import functional as F
@@ -193,7 +194,8 @@ def network(name: str, rng: np.random.Generator) -> tuple[nn.Module, tuple[int, 
     return getattr(models, name)(width=width, **options), IMAGE
 
 
-NETWORKS = ["lenet300", "flatten", "vgg13", "resnet20", "resnet50", "mobilenet_v1", "mobilenet_v2"]
+SMALL = ["lenet300", "flatten", "vgg13", "resnet20", "mobilenet_v1"]
+NETWORKS = [*SMALL, *large("resnet50", "mobilenet_v2")]
 
 
 def unsettle(net: nn.Module, rng: np.random.Generator) -> None:
@@ -713,6 +715,7 @@ class Added(nn.Module):
         return self.last(self.c(self.a(x) + self.b(x)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", [False, True])
 def test_depthwise_layers_stay_depthwise(named: bool, rng: np.random.Generator) -> None:
     """Where a depthwise layer filters them two channels stay, though fewer were asked for."""

@@ -71,6 +71,7 @@ def test_training_steps_are_right(emulator, network):
     assert {check.name.partition(": ")[2] for check in checks} >= {"loss", "gradients", "fluxes"}
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_graphs_and_repetitions_have_the_same_bits(emulator):
     checks = list(check_bits(replace(SMALL, batch=4, steps=2), ["vgg19"]))
@@ -115,6 +116,7 @@ def test_what_cannot_be_computed_has_failed():
 # -- how fast? -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_the_command(emulator, tmp_path, capsys, monkeypatch):
     checks = [Check("good", 0.0, 0.0), Check("bad", 1.0, 0.5)]
@@ -180,6 +182,7 @@ def test_mistakes_get_one_line(arguments, words, capsys):
     assert words in line
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_bench_on_a_gpu(emulator, tmp_path, capsys):
     file = tmp_path / "record.json"
@@ -227,6 +230,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @needs_torch
 @needs_compiler
 def test_beside_pytorch(emulator, one_thread):
@@ -290,6 +294,7 @@ def test_pytorch_crops_and_flips(one_thread):
     np.testing.assert_array_equal(labels, data.train_y[order])
 
 
+@pytest.mark.slow
 @needs_torch
 @pytest.mark.parametrize("half", [False, True])
 def test_pytorch_learns(one_thread, half):

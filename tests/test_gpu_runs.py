@@ -61,6 +61,7 @@ def an_epoch_is_a_second(monkeypatch):
     return SimpleNamespace(monotonic=lambda: now)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_runs_in_pieces_are_runs_in_one(tmp_path, monkeypatch, capsys):
     whole, pieces, packed = tmp_path / "whole", tmp_path / "pieces", tmp_path / "pack"

@@ -68,6 +68,7 @@ def records_of(trainer) -> list:
     return records
 
 
+@pytest.mark.slow
 def test_a_run_in_single_precision_is_that_of_the_cpu(gpu, digits):
     on_cpu, on_gpu = (trainer_of(TINY, digits, device) for device in ("cpu", "cuda"))
     ours, theirs = records_of(on_gpu), records_of(on_cpu)
@@ -86,6 +87,7 @@ def test_a_run_in_single_precision_is_that_of_the_cpu(gpu, digits):
     assert flows.density(on_gpu.net) == flows.density(on_cpu.net)  # both landed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [TINY, VGG], ids=["lenet300", "vgg19, float16"])
 def test_one_seed_one_run_and_a_finished_network_is_an_ordinary_one(gpu, recipe, digits, shapes):
     data = digits if recipe is TINY else shapes
@@ -98,6 +100,7 @@ def test_one_seed_one_run_and_a_finished_network_is_an_ordinary_one(gpu, recipe,
     assert evaluate(first.net.to("cpu"), data) == pytest.approx(on_gpu, abs=0.06)
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_after_any_epoch_goes_on_bit_for_bit(gpu, shapes):
     whole = trainer_of(VGG, shapes)
     records, states = [], [whole.state_dict()]
@@ -132,6 +135,7 @@ def after_four_steps(data, replayed: bool) -> dict[str, np.ndarray]:
     return trainer.net.state_dict()
 
 
+@pytest.mark.slow
 def test_a_replayed_step_is_the_step_bit_for_bit(gpu, shapes):
     eager, replayed = (after_four_steps(shapes, replayed) for replayed in (False, True))
     for name, array in eager.items():
@@ -172,6 +176,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(gpu, digits):
         trainer.run_epoch()
 
 
+@pytest.mark.slow
 def test_runs_and_the_command_line(gpu, shapes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runs, "load", lambda name, root: shapes)
     monkeypatch.setitem(lab.RECIPES, "tiny", VGG)

@@ -226,6 +226,7 @@ def test_a_flow_can_be_caught_on_a_kink() -> None:
     assert end.loss_reduction[1] == pytest.approx((1 - np.exp(-8)) / 2, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_flows_of_networks_with_relu_are_caught_too() -> None:
     """Some tenths of a per cent too much, however small the steps: not an error of integration."""
     land = landscape("relu", np.random.default_rng(4))

@@ -31,12 +31,14 @@ def chain(x: mh.Tensor, length: int) -> mh.Tensor:
 # -- order and sums --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_chain_of_20000_operations() -> None:
     x = leaf(2)
     chain(x, 20_000).backward(np.array([1.0, 2.0]))
     np.testing.assert_array_equal(x.grad, [1.0, 2.0])  # 10,000 negations
 
 
+@pytest.mark.slow
 def test_a_long_chain_is_deallocated_without_backward() -> None:
     x = leaf(2)
     y = chain(x, 100_000)

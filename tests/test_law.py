@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from lanes import large
 
 from minihyperflows.flows import fit_power_law
 from minihyperflows.flows.law import (
@@ -148,7 +149,11 @@ def test_the_power_law_is_the_same_fit():
 
 @pytest.mark.parametrize(
     ("name", "parameter"),
-    [("log-quadratic", "a1"), ("cutoff", "rate"), ("offset", "gamma0"), ("broken line", "bend")],
+    [
+        ("log-quadratic", "a1"),
+        ("cutoff", "rate"),
+        *large(("offset", "gamma0"), ("broken line", "bend")),
+    ],
 )
 def test_the_intervals_of_the_forms_cover_the_truth(name, parameter):
     parameters, law = PLANTED[name]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lanes import large
 
 import minihyperflows as mh
 from minihyperflows import flows, nn, optim, testing
@@ -483,7 +484,7 @@ class AdamThatForgets(optim.Adam):
         (AdamThatScalesTheGradient, "must not change"),
         (AdamThatDecaysTheUntouched, "has no gradient"),
         (AdamThatKeepsGradients, "zero_grad"),
-        (lambda params: AdamThatForgets(params, lr=0.01), "after loading"),
+        *large((lambda params: AdamThatForgets(params, lr=0.01), "after loading")),
     ],
 )
 def test_adam_mutants(broken: Any, message: str) -> None:
@@ -491,6 +492,7 @@ def test_adam_mutants(broken: Any, message: str) -> None:
         testing.check_optimizer(broken, adam)
 
 
+@pytest.mark.slow
 def test_adam_originals() -> None:
     testing.check_optimizer(SimpleAdam, adam)
     testing.check_optimizer(lambda params: optim.Adam(params, lr=0.01), adam)
@@ -506,6 +508,7 @@ class DampedSGD(optim.SGD):
         super().step()
 
 
+@pytest.mark.slow
 def test_sgd_mutant() -> None:
     def rule(theta: Array, gradient: Array, velocity: Any, step: int) -> tuple[Array, Any]:
         return sgd_rule(theta, gradient, velocity, lr=0.1, momentum=0.9)

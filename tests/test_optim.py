@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lanes import large
 
 from minihyperflows import ShapeError, Tensor, nn, optim, testing
 from minihyperflows.engine.threads import BLOCK
@@ -27,7 +28,7 @@ ADAM: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", SGD, ids=str)
+@pytest.mark.parametrize("options", [*large(*SGD[:-1]), SGD[-1]], ids=str)
 def test_sgd_follows_its_rule(options: dict[str, Any]) -> None:
     def rule(theta: np.ndarray, gradient: np.ndarray, velocity: Any, step: int) -> Any:
         return sgd_rule(theta, gradient, velocity, lr=0.1, **options)
@@ -35,6 +36,7 @@ def test_sgd_follows_its_rule(options: dict[str, Any]) -> None:
     testing.check_optimizer(lambda params: optim.SGD(params, lr=0.1, **options), rule)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ADAM, ids=str)
 def test_adam_follows_its_rule(options: dict[str, Any]) -> None:
     def rule(theta: np.ndarray, gradient: np.ndarray, memory: Any, step: int) -> Any:

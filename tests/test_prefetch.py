@@ -1,7 +1,6 @@
 """Items made in a second thread: the same ones, in order, and no thread left behind."""
 
 import contextvars
-import gc
 import itertools
 import threading
 from contextlib import closing
@@ -23,7 +22,6 @@ def threads_of_prefetch():
 @pytest.fixture(autouse=True)
 def no_thread_stays():
     yield
-    gc.collect()
     assert not threads_of_prefetch()  # the engine may well keep threads of its own
 
 

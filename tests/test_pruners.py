@@ -524,6 +524,7 @@ def test_the_fraction_follows_a_cosine() -> None:
 # -- do the methods differ where they should? ------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_choice_beats_chance() -> None:
     """After the same training, the weights chosen by magnitude fit the batches better."""
     losses = {}

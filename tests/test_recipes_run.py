@@ -18,6 +18,7 @@ WEIGHTS = {"vgg19-cifar10": 20_024_000, "resnet50-cifar10": 23_467_712}
 SHORT = 1e-9  # times the epochs: one for each stage
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_the_papers_recipes_run_in_full_size(name):
     """All the weights, three stages of one batch each: what 320 epochs on CIFAR-10 consist of."""
@@ -40,6 +41,7 @@ def few_images(monkeypatch):
     monkeypatch.setattr(runs, "load", lambda name, root: data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_the_small_recipes_run_and_land(name, few_images, tmp_path):
     recipe = lab.RECIPES[name].scaled(SHORT)
@@ -71,6 +73,7 @@ def test_the_small_recipes_are_what_they_say(name):
     assert set(paper.deviations) < set(recipe.deviations)  # the paper's, and those of the size
 
 
+@pytest.mark.slow
 def test_a_small_recipe_as_a_user_runs_it(tmp_path, capsys):
     """From files in the layout of CIFAR-10, by the command line."""
     write_cifar(tmp_path / "data", train=40, test=10)

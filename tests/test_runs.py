@@ -35,6 +35,7 @@ def finished(tmp_path_factory):
     return folder, lab.run(RECIPE, folder, progress=False)
 
 
+@pytest.mark.slow
 def test_what_a_run_leaves(finished):
     folder, summary = finished
     left = {str(p.relative_to(folder)).replace(os.sep, "/") for p in folder.rglob("*.*")}
@@ -63,6 +64,7 @@ def test_a_finished_run_is_not_repeated(finished, monkeypatch):
     assert lab.run(RECIPE, folder, progress=False) == summary
 
 
+@pytest.mark.slow
 def test_killed_in_any_epoch_it_continues_bit_for_bit(finished, tmp_path, monkeypatch):
     """After every epoch the process "dies" and another one goes on from the checkpoint."""
     monkeypatch.setattr(runs, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
@@ -127,6 +129,7 @@ DEATHS = [
 ]
 
 
+@pytest.mark.slow
 def test_kill_minus_nine_wherever_it_hurts(undisturbed, tmp_path):
     """A real process, really killed between any two files; it ends as an undisturbed run does."""
     out = tmp_path / "run"
@@ -142,6 +145,7 @@ def test_kill_minus_nine_wherever_it_hurts(undisturbed, tmp_path):
     assert not list(out.glob("*.partial"))
 
 
+@pytest.mark.slow
 @posix
 def test_kill_minus_nine_at_random_moments(undisturbed, tmp_path):
     """The same command then ends as an undisturbed run does, wherever it was."""
@@ -155,6 +159,7 @@ def test_kill_minus_nine_at_random_moments(undisturbed, tmp_path):
     assert rows(tmp_path) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_constant_pressure_from_random_weights(tmp_path, monkeypatch):
     """No dense stage, no target, no regrowth; killed and continued it ends the same."""
     monkeypatch.setattr(runs, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
@@ -180,6 +185,7 @@ def test_a_constant_pressure_from_random_weights(tmp_path, monkeypatch):
     assert rows(tmp_path / "run") == metrics
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 def test_a_pressure_that_nothing_survives(tmp_path):
     recipe = lab.RECIPES["lenet300-digits-gamma"].with_fields({"presence.init": [0.01, 0.02]})
@@ -211,6 +217,7 @@ def test_a_run_of_an_older_version_is_recognised(finished, tmp_path):
         lab.run(dataclasses.replace(RECIPE, regrowth=longer), tmp_path, progress=False)
 
 
+@pytest.mark.slow
 def test_no_resume_starts_over(finished, tmp_path):
     lab.run(RECIPE.with_target(0.9), tmp_path, progress=False)
     summary = lab.run(RECIPE, tmp_path, resume=False, progress=False)
@@ -234,6 +241,7 @@ def tensors(file):
     return {k: (v.dtype, v.shape, v.tobytes()) for k, v in arrays.items()}, values["trainer"]
 
 
+@pytest.mark.slow
 def test_a_dense_network_of_another_run_gives_the_same_result(finished, tmp_path, monkeypatch):
     """As if the dense network had been trained again: metrics, weights, generator, to the bit."""
     own = lab.run(SPARSER, tmp_path / "own", progress=False)
@@ -253,6 +261,7 @@ def test_a_dense_network_of_another_run_gives_the_same_result(finished, tmp_path
     assert without_provenance(again) == without_provenance(finished[1])
 
 
+@pytest.mark.slow
 def test_a_run_with_another_ones_dense_network_continues_without_it(
     finished, tmp_path, monkeypatch
 ):
@@ -329,6 +338,7 @@ def test_where_there_is_no_dense_network(finished, tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_refused_start_over_removes_nothing(finished, tmp_path):
     lab.run(RECIPE, tmp_path, progress=False, dense_from=finished[0])
     before = {p.name: p.read_bytes() for p in tmp_path.glob("*.*")}
@@ -362,6 +372,7 @@ def test_a_damaged_checkpoint_is_one_clear_line(finished, tmp_path):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_nothing_but_the_epoch(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     recorded = []

@@ -37,6 +37,7 @@ def study(out: Path, *words: str) -> list[dict]:
     return read_records(out)
 
 
+@pytest.mark.slow
 def test_every_method_reaches_exactly_the_sparsity(tmp_path: Path) -> None:
     rows = study(tmp_path / "a.csv", "--sparsities", "0.9", "--seeds", "3")
     assert [row["method"] for row in rows] == list(METHODS)
@@ -59,6 +60,7 @@ def test_every_method_reaches_exactly_the_sparsity(tmp_path: Path) -> None:
     assert by_method["gradual"]["landed_by"] == ""
 
 
+@pytest.mark.slow
 def test_going_on_and_sharing_networks(tmp_path: Path) -> None:
     folder, words = tmp_path / "folder", ["--methods", "magnitude", "gradual", "--seeds", "1"]
     once = study(tmp_path / "a.csv", *words, "--sparsities", "0.9", "--folder", str(folder))
@@ -73,6 +75,7 @@ def test_going_on_and_sharing_networks(tmp_path: Path) -> None:
     assert kept == more[3]["kept"] == WEIGHTS // 20
 
 
+@pytest.mark.slow
 def test_files_are_joined(tmp_path: Path) -> None:
     one, other, both = (tmp_path / f"{name}.csv" for name in ("one", "other", "both"))
     words = ["--methods", "random", "--seeds", "0"]
@@ -111,6 +114,7 @@ def test_the_learning_rate_of_the_budget() -> None:
     assert rates[14] > 1e-5
 
 
+@pytest.mark.slow
 def test_the_planned_pace_is_that_of_the_scheduler() -> None:
     scheduler = PressureScheduler(0.98, 40)
     for period in (1, 10, 25, 40):
@@ -123,6 +127,7 @@ def test_the_planned_pace_is_that_of_the_scheduler() -> None:
         assert make(0.98).schedule(0.25) == alternatives.planned_sparsity(0.25, 0.98)
 
 
+@pytest.mark.slow
 def test_hyperflows_learns_at_the_same_rates() -> None:
     recipe, data = RECIPES["lenet300-digits"].with_target(0.9), lab.load("digits")
     net, rng = alternatives.fresh(recipe, data, 0)
@@ -136,6 +141,7 @@ def test_hyperflows_learns_at_the_same_rates() -> None:
     assert rates == [learning_rate(recipe, epoch) for epoch in range(2, 6)]
 
 
+@pytest.mark.slow
 def test_all_but_rigl_begin_with_the_dense_network() -> None:
     recipe, data = RECIPES["lenet300-digits"], lab.load("digits")
     dense = alternatives.train_dense(recipe, data, 0)

@@ -37,6 +37,7 @@ def test_few_epochs_are_kept_of_many() -> None:
     assert all(1.05 < b / a < 1.25 for a, b in itertools.pairwise(kept[9:-1]))
 
 
+@pytest.mark.slow
 def test_the_rows_are_those_of_the_run(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "epochs.csv"
     convergence.main([str(run), "--out", str(out)])

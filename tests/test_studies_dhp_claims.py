@@ -58,6 +58,7 @@ def perceptron() -> tuple[Experiment, Task]:
 # -- the study -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_controls_have_the_same_budget_and_no_more_multiplications(tmp_path: Path) -> None:
     words = ["--parts", "controls", "--seeds", "1", "--targets", "0.5"]
     rows = study(tmp_path / "a.csv", *words).tables[-1]
@@ -86,6 +87,7 @@ def test_controls_have_the_same_budget_and_no_more_multiplications(tmp_path: Pat
     assert runs["yes", "permuted"]["full_score"] == runs["yes", "dhp"]["full_score"]
 
 
+@pytest.mark.slow
 def test_the_other_parts_tell_how_a_search_went(tmp_path: Path) -> None:
     words = ["--parts", "search", "rules", "decay", "--seeds", "0", "--hyper-bias", "yes"]
     looks, groups, runs = study(tmp_path / "a.csv", *words).tables
@@ -116,6 +118,7 @@ def test_the_other_parts_tell_how_a_search_went(tmp_path: Path) -> None:
         assert math.isnan(row["auc"]) == (row["width"] == 64)
 
 
+@pytest.mark.slow
 def test_going_on_where_it_stopped(tmp_path: Path) -> None:
     """Each run by itself comes to what it comes to after others; rows of two files are joined."""
     words = ["--parts", "controls", "--seeds", "2", "--targets", "0.5", "--hyper-bias", "yes"]
@@ -136,6 +139,7 @@ def test_going_on_where_it_stopped(tmp_path: Path) -> None:
         assert file.read_bytes() == other.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_is_recognised_by_its_row(tmp_path: Path) -> None:
     """Whatever digits its target has, and however often it is asked for."""
     words = ["--parts", "search", "search", "--variants", "x4", "x4", "--hyper-bias", "no", "no"]
@@ -171,6 +175,7 @@ def test_errors_are_one_line(words, message, tmp_path: Path, capsys) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_denoising_is_measured_in_the_same_way(tmp_path: Path) -> None:
     words = [
         "--networks",
@@ -214,6 +219,7 @@ class Indifferent(Classification):
         return 0.0 * super().loss(output, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [None, 0.0, 0.005])
 def test_without_gradients_latents_go_the_way_of_the_closed_form(decay: float | None) -> None:
     experiment, task = perceptron()
@@ -225,6 +231,7 @@ def test_without_gradients_latents_go_the_way_of_the_closed_form(decay: float | 
         assert now.below == pytest.approx(now.free_below, abs=0.03)
 
 
+@pytest.mark.slow
 def test_all_rules_pull_equally_hard() -> None:
     """On latents that are far from zero; there only the proximal step stops."""
     experiment, task = perceptron()
@@ -275,6 +282,7 @@ def test_runs_of_a_seed_begin_alike() -> None:
     assert (batches[0][0].data != other_seed[0].data).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_gap(bias: bool) -> None:
     """Without biases nothing is lost with channels whose latent is zero, as long as those that the
@@ -299,6 +307,7 @@ def test_the_gap(bias: bool) -> None:
     assert other.cut < gap.full
 
 
+@pytest.mark.slow
 def test_scores_after_the_cut_by_hand(tmp_path: Path) -> None:
     """With the statistics of the search, then with those of twenty batches, then trained."""
     words = ["--parts", "controls", "--variants", "dhp", "--hyper-bias", "yes", "--seeds", "0"]
@@ -451,6 +460,7 @@ def test_differences_are_paired_with_the_dense_network_too() -> None:
     assert free.mean == pytest.approx(-0.2)
 
 
+@pytest.mark.slow
 def test_every_experiment_can_be_searched() -> None:
     """Its network has latents, lambda comes out, and its targets can be reached, for data of the
     right size, all black."""

@@ -28,6 +28,7 @@ def test_fractions_of_a_distribution() -> None:
     assert found.balance(1.0) == -1.0
 
 
+@pytest.mark.slow
 def test_support_is_minus_the_flux_of_the_removed_weight() -> None:
     data, rng = lab.load("digits"), np.random.default_rng(0)
     recipe = lab.RECIPES[RECIPE].with_fields({"dtype": "float64"})
@@ -51,6 +52,7 @@ def test_support_is_minus_the_flux_of_the_removed_weight() -> None:
     np.testing.assert_allclose(found.values[:removed], np.concatenate(off), rtol=1e-9, atol=1e-15)
 
 
+@pytest.mark.slow
 def test_a_present_weight_is_removed_to_be_measured() -> None:
     data, rng = lab.load("digits"), np.random.default_rng(0)
     layer = nn.Linear(64, 10, rng=rng, dtype=np.float64)
@@ -71,6 +73,7 @@ def test_a_present_weight_is_removed_to_be_measured() -> None:
     np.testing.assert_allclose(sorted(found.values[-3:]), sorted(expected), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_study_writes_its_tables_and_does_not_repeat_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,6 +99,7 @@ def test_study_writes_its_tables_and_does_not_repeat_runs(
     assert read_records(out) == runs
 
 
+@pytest.mark.slow
 def test_finished_runs_can_be_measured(tmp_path: Path) -> None:
     recipe = lab.RECIPES[RECIPE].with_fields({"pruning.epochs": 2}).with_gamma(4.0)
     lab.run(recipe, tmp_path / "run", seed=3, progress=False)

@@ -60,6 +60,7 @@ def test_the_survivors_have_their_epochs(start: int, rounds: int) -> None:
         plan.check(start, rounds)
 
 
+@pytest.mark.slow
 def test_runs_share_their_beginning_and_their_batches(digits: Task) -> None:
     net = digits.dense(0, 1)
     before = net.state_dict()["fc1.weight"].copy()
@@ -85,6 +86,7 @@ def test_an_epoch_reads_every_image_once(digits: Task) -> None:
     assert (course._batch() != seen[0]).any()  # the next epoch has another order
 
 
+@pytest.mark.slow
 def test_the_overlap_is_the_loss_along_the_weights(digits: Task) -> None:
     """theta.g = dL(a theta)/da at a = 1."""
     landscape = digits.landscape(digits.dense(0, 1))
@@ -98,6 +100,7 @@ def test_the_overlap_is_the_loss_along_the_weights(digits: Task) -> None:
 # -- weights ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_where_nothing_is_removed(digits: Task) -> None:
     row = weights.run(digits, "magnitude", start=1, rounds=1, kept=1.0, seed=0)
     assert row["remaining"] == row["total"] == sum(LAYERS.values())
@@ -107,6 +110,7 @@ def test_nothing_is_lost_where_nothing_is_removed(digits: Task) -> None:
     assert min(row["test_accuracy"], train_dense(digits, 0)["test_accuracy"]) > 0.75
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rounds", "last"), [(1, 2), (3, 3)])
 def test_what_a_row_says(digits: Task, rounds: int, last: float) -> None:
     row = weights.run(digits, "loss", start=2, rounds=rounds, kept=0.1, seed=0)
@@ -121,6 +125,7 @@ def test_what_a_row_says(digits: Task, rounds: int, last: float) -> None:
     assert row["test_accuracy"] > 0.75
 
 
+@pytest.mark.slow
 def test_a_row_by_hand(digits: Task) -> None:
     """Two rounds: what is measured when, and that the first round is the one that is measured."""
     row = weights.run(digits, "loss", start=1, rounds=2, kept=0.1, seed=0)
@@ -148,6 +153,7 @@ def test_a_row_by_hand(digits: Task) -> None:
     assert row["test_accuracy"] == evaluate(net, digits.data)
 
 
+@pytest.mark.slow
 def test_every_round_scores_other_images(
     digits: Task, shapes: lab.Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +170,7 @@ def test_every_round_scores_other_images(
     assert len({call["x"].tobytes() for call in calls}) == 6
 
 
+@pytest.mark.slow
 def test_the_claims_in_small(digits: Task) -> None:
     """One seed, 90 % of the weights at once: only what is far apart."""
 
@@ -205,6 +212,7 @@ def shapes() -> lab.Dataset:
     return make_shapes32(64, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", filters.NETWORKS)
 def test_filters_and_their_controls(network: str, shapes: lab.Dataset) -> None:
     task = Task(shapes, SMALL, filters.NETWORKS[network])
@@ -275,6 +283,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, shapes: lab.Dataset) -> None:
     monkeypatch.setattr(claims, "load", lambda n, d: shapes if n == "shapes32" else load(n, d))
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_stopped(tmp_path: Path, tiny: None) -> None:
     words = ["--starts", "1", "--kept", "0.1", "--seeds", "4"]
     once = study(tmp_path / "a.csv", *words, "--rounds", "1", "--scores", "random")
@@ -294,6 +303,7 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path, tiny: None) -> None:
     assert [alone[0][name] for name in same] == [more[1][name] for name in same]
 
 
+@pytest.mark.slow
 def test_controls_that_are_missing_are_added(tmp_path: Path, tiny: None) -> None:
     out = tmp_path / "f.csv"
     words = ["--part", "filters", "--dataset", "shapes32", "--networks", "vgg13"]
@@ -308,6 +318,7 @@ def test_controls_that_are_missing_are_added(tmp_path: Path, tiny: None) -> None
     assert again[2]["widths"] == rows[1]["widths"] == rows[0]["widths"]
 
 
+@pytest.mark.slow
 def test_a_run_is_recognised_by_its_row(tmp_path: Path, tiny: None) -> None:
     """Whatever digits its fraction has, and however often it is asked for."""
     words = ["--part", "filters", "--dataset", "shapes32", "--networks", "vgg13", "vgg13"]
@@ -321,6 +332,7 @@ def test_a_run_is_recognised_by_its_row(tmp_path: Path, tiny: None) -> None:
     assert (tmp_path / "a.csv").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_what_cannot_be_kept_is_told_before_any_training(
     tmp_path: Path, tiny: None, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,6 +351,7 @@ def test_what_cannot_be_kept_is_told_before_any_training(
     assert next(iter(fewest))["remaining"] == 42
 
 
+@pytest.mark.slow
 def test_files_are_joined(tmp_path: Path, tiny: None) -> None:
     files = [tmp_path / name for name in ("one.csv", "other.csv", "both.csv")]
     words = ["--scores", "random", "--rounds", "1", "--starts", "0", "--kept", "0.5"]

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from minihyperflows import flows, lab
 from minihyperflows.flows.gate import gated_layers
+from minihyperflows.lab import runs
 from minihyperflows.lab.studies import inside
 from minihyperflows.lab.train import build_network
 
@@ -113,6 +114,7 @@ def test_paths() -> None:
 # -- runs ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_order_and_first_presences_have_seeds_of_their_own() -> None:
     data = lab.load("digits")
 
@@ -133,6 +135,7 @@ def test_order_and_first_presences_have_seeds_of_their_own() -> None:
     assert (other_t[1] == w).all()
 
 
+@pytest.mark.slow
 def test_bottleneck_presses_on_one_layer_only() -> None:
     data = lab.load("digits")
     recipe = RECIPE.with_fields({"dense.epochs": 0, "pruning.epochs": 10}).with_gamma(0.0)
@@ -159,6 +162,7 @@ def test_bottleneck_presses_on_one_layer_only() -> None:
     assert inside.BottleneckTrainer.pressure(one) == 5.0**9
 
 
+@pytest.mark.slow
 def test_a_bottleneck_ends_once_it_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     data = lab.load("digits")
     monkeypatch.setattr(inside.BottleneckTrainer, "pressure", lambda t: 1e7 * (t.epoch // 3 + 1))
@@ -171,6 +175,7 @@ def test_a_bottleneck_ends_once_it_is_empty(monkeypatch: pytest.MonkeyPatch) -> 
     assert rows[-1]["fc1"] > 0.5
 
 
+@pytest.mark.slow
 def test_a_pruning_begins_with_the_trained_or_with_the_random_weights(tmp_path: Path) -> None:
     data = lab.load("digits")
     study = inside.Study(tmp_path, RECIPE, data)
@@ -202,6 +207,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_table_of_runs(folder: Path) -> None:
     rows = {row["name"]: row for row in read(folder / "inside.csv")}
     assert list(rows) == [FIRST, SECOND, SQUEEZED]
@@ -210,9 +216,11 @@ def test_table_of_runs(folder: Path) -> None:
     assert int(rows[FIRST]["idle"]) < 1004
     assert 0 < int(rows[FIRST]["units1"]) <= 300
     assert rows[SQUEEZED]["layer"] == "fc3"
-    assert all(row["commit"] and row["command"] == "command" for row in rows.values())
+    assert {row["command"] for row in rows.values()} == {"command"}
+    assert {row["commit"] for row in rows.values()} == {runs.commit() or ""}
 
 
+@pytest.mark.slow
 def test_parts_of_a_network_add_up_to_it(folder: Path) -> None:
     rows = read(folder / "inside-layers.csv")
     assert [row["epoch"] for row in rows] == ["2", "3", "4", "5"] * 2
@@ -230,6 +238,7 @@ def test_parts_of_a_network_add_up_to_it(folder: Path) -> None:
     assert sum(map(int, pixels["largest0-1004"])) == int(rows[3]["magnitude1"])
 
 
+@pytest.mark.slow
 def test_runs_from_one_dense_network_overlap_beyond_chance(folder: Path) -> None:
     rows = read(folder / "inside-overlap.csv")
     final = {(r["a"], r["b"], r["part"]): r for r in rows if r["epoch"] == "last"}
@@ -243,6 +252,7 @@ def test_runs_from_one_dense_network_overlap_beyond_chance(folder: Path) -> None
     assert epochs[0]["margins"] == ""
 
 
+@pytest.mark.slow
 def test_table_of_the_bottleneck(folder: Path) -> None:
     rows = read(folder / "inside-bottleneck.csv")
     gammas = [float(row["gamma"]) for row in rows]
@@ -255,6 +265,7 @@ def test_table_of_the_bottleneck(folder: Path) -> None:
     assert float(rows[-1]["flux_removed"]) > 0
 
 
+@pytest.mark.slow
 def test_command_does_what_is_missing(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -47,6 +47,7 @@ def contest(level: str, method: str, counted: str = "macs", target: float = 0.3)
     return Contest(experiment, experiment.load(), Run(CONV, level, method, counted, target, 0))
 
 
+@pytest.mark.slow
 def test_all_methods_end_at_the_same_size_after_the_same_steps(tmp_path: Path) -> None:
     """At most the target, and no further below it than a channel costs."""
     words = ["--targets", "0.3", "--seeds", "1", "--counted"]
@@ -75,6 +76,7 @@ def test_all_methods_end_at_the_same_size_after_the_same_steps(tmp_path: Path) -
     assert len({row["score"] for row in rows}) > 5
 
 
+@pytest.mark.slow
 def test_a_run_depends_on_its_own_seed_only(tmp_path: Path) -> None:
     """The command of a row repeats it; what is there is not done again; files are joined."""
     words = ["--counted", "macs", "--targets", "0.3", "--methods", "magnitude", "uniform"]
@@ -100,6 +102,7 @@ def test_a_run_depends_on_its_own_seed_only(tmp_path: Path) -> None:
     assert len(joined) == 6
 
 
+@pytest.mark.slow
 def test_a_run_is_recognised_by_its_row(tmp_path: Path) -> None:
     """Whatever digits its target has, and however often it is asked for."""
     words = ["--methods", "uniform", "uniform", "--counted", "macs", "--seeds", "0", "0"]
@@ -111,6 +114,7 @@ def test_a_run_is_recognised_by_its_row(tmp_path: Path) -> None:
     assert (tmp_path / "a.csv").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_weights_come_back_between_the_end_of_the_pressure_and_the_landing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -137,6 +141,7 @@ def test_weights_come_back_between_the_end_of_the_pressure_and_the_landing(
     assert sum(mask.sum() for mask in back.values()) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("level", "method", "kind"),
     [
@@ -190,6 +195,7 @@ def test_rounds_fall_between_a_tenth_and_a_half_of_the_steps() -> None:
     assert found[-1][1] == pytest.approx(100)
 
 
+@pytest.mark.slow
 def test_a_course_is_the_training_in_one_piece() -> None:
     """Whatever it is interrupted by; another network goes on with the batches."""
     experiment = experiment_of(CONV)
@@ -205,6 +211,7 @@ def test_a_course_is_the_training_in_one_piece() -> None:
         np.testing.assert_array_equal(a.data, b.data)
 
 
+@pytest.mark.slow
 def test_uniform_widths_are_a_network_of_its_own() -> None:
     """Trained with all steps, from initial weights."""
     run = contest("filter", "uniform")

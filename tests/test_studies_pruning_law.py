@@ -72,6 +72,7 @@ def test_a_weight_that_is_gone_stays_away(data: lab.Dataset) -> None:
         assert not (is_present(t.data) & ~first[name]).any()
 
 
+@pytest.mark.slow
 def test_taylor_saliency_is_the_weight_times_the_gradient(data: lab.Dataset) -> None:
     net, weights = network(data)
     law.prune_lowest(net, {name: abs(w) for name, w in weights.items()}, 20_000)
@@ -100,6 +101,7 @@ def test_taylor_saliency_is_the_weight_times_the_gradient(data: lab.Dataset) -> 
 # -- runs ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", law.ITERATIVE)
 def test_a_tenth_goes_in_each_step(rows: dict[str, list[law.Row]], method: str) -> None:
     for n, row in enumerate(rows[method], start=1):
@@ -111,6 +113,7 @@ def test_a_tenth_goes_in_each_step(rows: dict[str, list[law.Row]], method: str) 
     assert len(rows[method]) == SHORT.steps
 
 
+@pytest.mark.slow
 def test_the_threshold_rises_and_a_prune_of_little_costs_little(rows) -> None:
     magnitude = rows["magnitude"]
     thresholds = [row["saliency"] for row in magnitude]
@@ -122,6 +125,7 @@ def test_the_threshold_rises_and_a_prune_of_little_costs_little(rows) -> None:
     assert rows["pressure"][0]["accuracy_before_prune"] == ""
 
 
+@pytest.mark.slow
 def test_without_training_the_thresholds_are_quantiles(data, rows) -> None:
     trainer = law.new_trainer(SHORT, "magnitude", data, seed=1)
     while trainer.epoch < SHORT.recipe.dense.epochs:
@@ -135,10 +139,12 @@ def test_without_training_the_thresholds_are_quantiles(data, rows) -> None:
     assert rows[law.UNTRAINED][0]["saliency"] == rows["magnitude"][0]["saliency"]
 
 
+@pytest.mark.slow
 def test_the_mean_of_sizes_is_more_than_the_size_of_the_mean(rows) -> None:
     assert rows["taylor-batches"][0]["saliency"] > rows["taylor"][0]["saliency"]
 
 
+@pytest.mark.slow
 def test_the_mask_holds_while_training_goes_on(data: lab.Dataset) -> None:
     trainer = law.new_trainer(SHORT, "magnitude", data, seed=1)
     masks = []
@@ -152,6 +158,7 @@ def test_the_mask_holds_while_training_goes_on(data: lab.Dataset) -> None:
         assert (now < before).any()
 
 
+@pytest.mark.slow
 def test_the_density_comes_down_the_stairs(rows: dict[str, list[law.Row]]) -> None:
     stairs = rows["pressure"]
     assert [row["gamma"] for row in stairs] == list(SHORT.gammas)
@@ -174,6 +181,7 @@ def command(out: Path, *words: str) -> list[str]:
     return [*pairs, "--out", str(out), *words]
 
 
+@pytest.mark.slow
 def test_the_command_leaves_a_table_and_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "law.csv"
     law.main(command(out, "--methods", "magnitude"))
@@ -197,6 +205,7 @@ def test_the_command_leaves_a_table_and_goes_on(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["taylor", "pressure"])
 @pytest.mark.parametrize("at", [1, 4])
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, data, rows, method: str, at) -> None:

@@ -276,6 +276,7 @@ def test_three_deaths_and_a_run_is_given_up(tmp_path):
 # -- real processes ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_its_run_an_attempt(tmp_path, monkeypatch, capsys):
     """The next one goes on from the checkpoint, and ends as if nothing had happened."""
     deadly = Die("gamma-1-seed0", epoch=3, keep=tmp_path / "kept")
@@ -303,6 +304,7 @@ def assert_continues(folder, before):
     assert (folder / "metrics.csv").read_text(encoding="utf-8").startswith(kept)
 
 
+@pytest.mark.slow
 def test_a_run_that_kills_three_workers_is_reported_and_the_rest_goes_on(tmp_path, monkeypatch):
     deadly = Die("gamma-1-seed0", epoch=1, times=3, keep=tmp_path / "kept")
     monkeypatch.setattr(workers, "_work", partial(moments.work, deadly))
@@ -331,6 +333,7 @@ def start_held_sweep(out, where, folder, epoch):
     return start_sweep(out, moments.__file__, json.dumps(hold))
 
 
+@pytest.mark.slow
 @posix
 def test_a_sweep_that_is_killed_or_interrupted_continues(tmp_path):
     out = tmp_path / "s"
@@ -378,6 +381,7 @@ def dask_cluster():
         yield local
 
 
+@pytest.mark.slow
 @needs_dask
 @posix
 def test_a_cluster_that_loses_a_worker(dask_cluster, tmp_path, monkeypatch, capsys):
@@ -394,6 +398,7 @@ def test_a_cluster_that_loses_a_worker(dask_cluster, tmp_path, monkeypatch, caps
     assert_continues(tmp_path / "s" / "gamma-1-seed0", tmp_path / "kept" / "0.csv")
 
 
+@pytest.mark.slow
 @needs_dask
 def test_what_a_cluster_was_doing_stops_when_the_sweep_does(dask_cluster, tmp_path, monkeypatch):
     attempt = attempt_at(tmp_path / "run")

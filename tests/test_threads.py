@@ -10,16 +10,8 @@ import pytest
 from minihyperflows import Tensor, models, optim
 from minihyperflows import functional as F
 from minihyperflows.engine import threads
-from minihyperflows.engine.blas import blas_threads, set_blas_threads
+from minihyperflows.engine.blas import blas_threads
 from minihyperflows.engine.threads import BLOCK, add, elementwise, for_blocks, set_threads
-
-
-@pytest.fixture(autouse=True)
-def _as_before():
-    before = blas_threads()
-    yield
-    set_threads(None)
-    set_blas_threads(before)
 
 
 @pytest.mark.parametrize("number", [1, 2, 5])

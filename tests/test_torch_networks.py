@@ -162,14 +162,15 @@ def chosen(x, place):
     return windows(x).gather(-1, place).squeeze(-1)
 
 
-# about five times what either package was seen to lose; the loss grows with the depth
+# about five times what this package was seen to lose; the loss grows with the depth
 ROUND_OFF = {"lenet300": 2e-6, "vgg19": 1e-4, "resnet20": 5e-5, "resnet50": 5e-4}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("seed", range(3))
 def test_gradients_in_float32_are_exact_up_to_round_off(name, seed, monkeypatch):
-    """This package's and PyTorch's, by the same bound; see :class:`Switches` for what is exact."""
+    """This package's, and PyTorch's by a wider bound: it adds up in an order that depends on the
+    machine and the number of threads. See :class:`Switches` for what is exact."""
     rng = np.random.default_rng(seed)
     net, twin, shape = twins(name, rng, np.float32)
     x, y = rng.standard_normal((16, *shape)).astype(np.float32), rng.integers(0, 10, 16)
@@ -182,7 +183,7 @@ def test_gradients_in_float32_are_exact_up_to_round_off(name, seed, monkeypatch)
     noted, (_, ours) = switches.note_ours(lambda: our_step(net, x, y))
     assert worst_error(ours, switches.replay(noted, exact)) < ROUND_OFF[name]
     noted, (_, theirs) = switches.note_theirs(lambda: their_step(copy.deepcopy(twin), x, y))
-    assert worst_error(theirs, switches.replay(noted, exact)) < ROUND_OFF[name]
+    assert worst_error(theirs, switches.replay(noted, exact)) < 4 * ROUND_OFF[name]
 
 
 def test_a_state_dict_of_pytorch_loads_as_it_is():

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lanes import large
 
 from minihyperflows import Tensor, flows, models, nn, optim
 from minihyperflows import functional as F
@@ -53,7 +54,7 @@ def activation_bytes(loss: Tensor) -> int:
 PEAK = {"vgg19": 2.4, "resnet50": 2.1}
 
 
-@pytest.mark.parametrize("name", PEAK)
+@pytest.mark.parametrize("name", ["vgg19", *large("resnet50")])
 def test_peak_of_a_training_step(name: str) -> None:
     threads.set_threads(1)
     rng = np.random.default_rng(0)
