@@ -124,6 +124,21 @@ def test_lr_may_change_between_steps() -> None:
         np.testing.assert_array_equal(p.data, before)
 
 
+def test_numpy_numbers_are_numbers(rng: np.random.Generator) -> None:
+    """And do not make a step of float32 one of float64."""
+    results = []
+    for kind in (float, np.float64, np.float32):
+        p = nn.Parameter(np.ones(50, np.float32))
+        optimizer = optim.Adam([p], lr=kind(0.125), weight_decay=kind(0.25))
+        for g in np.random.default_rng(0).standard_normal((5, 50)).astype(np.float32):
+            p.grad, optimizer.lr = g, kind(optimizer.lr / 2)
+            optimizer.step()
+        results.append(p.data)
+        assert p.dtype == optimizer.state[0]["m"].dtype == np.float32
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[0], results[2])
+
+
 def test_parameters_are_changed_in_place() -> None:
     array = np.ones(3)
     p = nn.Parameter(array)
@@ -218,6 +233,12 @@ def test_a_wrong_state_is_refused_and_changes_nothing(
         np.testing.assert_array_equal(value, before[name])
 
 
+def holding(p: nn.Parameter) -> nn.Module:
+    net = nn.Sequential(nn.ReLU())  # which can be indexed, as a list can
+    net.p = p
+    return net
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -230,6 +251,20 @@ def test_a_wrong_state_is_refused_and_changes_nothing(
         (lambda p: optim.SGD([p], lr=0.1, weight_decay=-1), ValueError, r"weight_decay \(-1\)"),
         (lambda p: optim.SGD([p], lr=0.1, nesterov=True), ValueError, "nesterov needs a momentum"),
         (lambda p: optim.Adam([p], lr=0.1, betas=(1.0, 0.9)), ValueError, r"in \[0, 1\), not"),
+        (lambda p: optim.Adam([p], lr=0.1, betas=(0.9,)), ValueError, "betas are two numbers"),
+        (lambda p: optim.Adam([p], lr=0.1, betas=0.9), ValueError, "betas are two numbers"),
+        (lambda p: optim.Adam([p], lr=0.1, eps=-1e-8), ValueError, "eps must not be negative"),
+        (
+            lambda p: optim.SGD([p], lr=0.1, momentum=1.0),
+            ValueError,
+            r"momentum must lie in \[0, 1",
+        ),
+        (lambda p: optim.SGD([p], lr=0.1, momentum=float("nan")), ValueError, "must be finite"),
+        (lambda p: optim.SGD([p], lr=float("inf")), ValueError, r"lr \(inf\) must be finite"),
+        (lambda p: optim.Adam([p], lr="1e-3"), TypeError, "lr must be a number, not '1e-3'"),
+        (lambda p: optim.Adam(p, lr=0.1), TypeError, "a list of parameters, not one Parameter"),
+        (lambda p: optim.Adam(None, lr=0.1), TypeError, "a list of parameters"),
+        (lambda p: optim.Adam(holding(p), lr=0.1), TypeError, r"net\.parameters\(\), not the net"),
     ],
 )
 def test_misuse(make: Any, error: type[Exception], message: str) -> None:

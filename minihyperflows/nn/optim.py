@@ -9,20 +9,26 @@ float16 ends at 6e-8, below which Adam's eps and most squares of gradients would
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any
 
 import numpy as np
 
 from minihyperflows.engine.backend import Array, to_device, to_numpy, xp_of
 from minihyperflows.engine.errors import ShapeError
 from minihyperflows.engine.numbers import computing_dtype
+from minihyperflows.engine.tensor import Tensor
 from minihyperflows.engine.threads import elementwise
-from minihyperflows.nn.module import Parameter
+from minihyperflows.nn.module import Module, Parameter
 
 # A decaying mean that gets no new gradients, such as a removed weight's, ends among the subnormal
 # numbers, where arithmetic is many times slower (and stays there: 0.9 times the smallest number
-# rounds to itself). Every so many steps it is set to zero before it gets there.
+# rounds to itself). Every so many steps what is about to get there is set to zero, if it is so
+# small that it cannot matter: see ``flush_decayed``.
 FLUSH_EVERY = 64
+FLUSH_MARGIN = 2.0**10  # at most so many times the smallest normal number
 
 
 def sgd_rule(
@@ -79,6 +85,9 @@ class Optimizer:
         lr: the learning rate; may be changed between steps (``opt.lr = ...``).
         weight_decay: adds weight_decay times the parameter to its gradient.
 
+    Parameters in half precision are stepped in single precision and rounded once; the arrays that
+    are kept for them are float32. (Half precision has no 1e-8, and the square of 1e-4 is 0 in it.)
+
     Attributes:
         state: for each parameter the arrays kept between steps, by the names in ``slots``; empty
             before the first step.
@@ -88,18 +97,11 @@ class Optimizer:
     slots: tuple[str, ...] = ()  # names of the arrays kept for each parameter
 
     def __init__(self, params: Iterable[Parameter], lr: float, weight_decay: float = 0.0) -> None:
-        if isinstance(params, Mapping):
-            raise TypeError("pass the parameters themselves: named_parameters().values()")
-        self.params = list(params)
-        if not all(isinstance(p, Parameter) for p in self.params):
-            raise TypeError("an optimiser trains nn.Parameter objects only")
-        if not self.params:
-            raise ValueError("an optimiser needs at least one parameter")
-        if len(set(self.params)) < len(self.params):
-            raise ValueError("a parameter is listed twice: it would be stepped twice")
-        if not (lr >= 0 and weight_decay >= 0):
+        self.params = _parameters(params)
+        self.lr = finite("lr", lr)
+        self.weight_decay = finite("weight_decay", weight_decay)
+        if self.lr < 0 or self.weight_decay < 0:
             raise ValueError(f"lr ({lr}) and weight_decay ({weight_decay}) must not be negative")
-        self.lr, self.weight_decay = lr, weight_decay
         self.state: list[dict[str, Array]] = [{} for _ in self.params]
         self.steps = [0 for _ in self.params]
 
@@ -138,11 +140,13 @@ class Optimizer:
 
         elementwise(work, *flat)
         if step % FLUSH_EVERY == 0:
-            for name, decay in self._decays().items():
-                flush_decayed(state[name], decay)
+            for name, (decay, most) in self._decays(np.finfo(dtype)).items():
+                flush_decayed(state[name], decay, most)
 
-    def _decays(self) -> dict[str, float]:
-        """The factor by which each kept array shrinks in a step without a gradient."""
+    def _decays(self, kind: np.finfo) -> dict[str, tuple[float, float]]:
+        """For each kept array, whose dtype ``kind`` describes, the factor by which it shrinks in a
+        step without a gradient, and a size below which a number of it changes no step by more than
+        its round-off."""
         return {}
 
     def _update_block(
@@ -204,12 +208,14 @@ class SGD(Optimizer):
         nesterov: bool = False,
     ) -> None:
         super().__init__(params, lr, weight_decay)
+        self.momentum, self.nesterov = finite("momentum", momentum), bool(nesterov)
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must lie in [0, 1), not {momentum}")
         if nesterov and not momentum:
             raise ValueError("nesterov needs a momentum above 0")
-        self.momentum, self.nesterov = momentum, nesterov
 
-    def _decays(self) -> dict[str, float]:
-        return {"velocity": self.momentum}
+    def _decays(self, kind: np.finfo) -> dict[str, tuple[float, float]]:
+        return {"velocity": (self.momentum, np.inf)}
 
     def _update_block(
         self, theta: Array, gradient: Array, slots: list[Array], step: int, scratch: Array
@@ -224,7 +230,7 @@ class SGD(Optimizer):
             xp.multiply(velocity, self.momentum, out=s)
             g += s
             direction = g
-        xp.multiply(direction, self.lr, out=s)
+        xp.multiply(direction, float(self.lr), out=s)
         theta -= s
 
 
@@ -246,12 +252,24 @@ class Adam(Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(params, lr, weight_decay)
-        if not all(0 <= b < 1 for b in betas):
+        if not isinstance(betas, Sequence) or len(betas) != 2:
+            raise ValueError(f"betas are two numbers in [0, 1), not {betas}")
+        b1, b2 = (finite("a beta", b) for b in betas)
+        if not (0 <= b1 < 1 and 0 <= b2 < 1):
             raise ValueError(f"betas must lie in [0, 1), not {betas}")
-        self.betas, self.eps = betas, eps
+        self.betas, self.eps = (b1, b2), finite("eps", eps)
+        if self.eps < 0:
+            raise ValueError(f"eps must not be negative, not {eps}")
 
-    def _decays(self) -> dict[str, float]:
-        return {"m": self.betas[0], "v": self.betas[1]}
+    def _decays(self, kind: np.finfo) -> dict[str, tuple[float, float]]:
+        """A step is lr m / (sqrt(v) + eps) (corrections are nearer to 1 than these bounds need).
+
+        With u the round-off, an m below u eps changes it by less than lr u, the rounding of a step
+        of lr; a v below (u eps)^2 changes sqrt(v) + eps by less than the rounding of eps. Without
+        an eps nothing is too small to matter.
+        """
+        size = float(kind.eps) / 2 * self.eps
+        return {"m": (self.betas[0], size), "v": (self.betas[1], size * size)}
 
     def _update_block(
         self, theta: Array, gradient: Array, slots: list[Array], step: int, scratch: Array
@@ -271,18 +289,62 @@ class Adam(Optimizer):
         xp.sqrt(v, out=s)
         s += self.eps / correct_v
         xp.divide(m, s, out=s)
-        s *= self.lr * correct_m / correct_v
+        s *= float(self.lr) * correct_m / correct_v
         theta -= s
 
 
-def flush_decayed(array: Array, decay: float) -> None:
-    """Set to zero what ``FLUSH_EVERY`` more factors of ``decay`` would make subnormal.
+def flush_decayed(array: Array, decay: float, most: float = np.inf) -> None:
+    """Set to zero what ``FLUSH_EVERY`` more factors of ``decay`` would make subnormal, if it is
+    too small to matter: |x| < min(tiny max(decay^64, 2^-10)^-1, most).
 
-    For float32 and a decay of 0.9 that is below 1e-35, too little to move any parameter.
+    tiny, the smallest normal number, is 1e-38 in float32 and 2e-308 in float64.
+
+    That it does no harm: what is erased is below 2^10 tiny, 1.2e-35 in float32, at any decay. A
+    velocity x would have moved its parameter by lr x / (1 - decay) in all later steps together,
+    which at a decay of 0.999 is 1e-32 lr: less than the rounding of any parameter above 1e-25 lr.
+    (Without the bound of 2^-10 a decay of 0.3 would erase all below 3e-5.) ``most`` is for state
+    that is divided by something small.
+
+    That it does what it is for: at a decay from 0.9 on (0.9^64 > 2^-10) nothing ever becomes
+    subnormal between two calls. At a smaller decay a number may pass through the subnormal ones,
+    once, in less than ``FLUSH_EVERY`` steps, and does not stay.
     """
     if 0 < decay < 1:
-        limit = xp_of(array).finfo(array.dtype).tiny / decay**FLUSH_EVERY
-        array[abs(array) < limit] = 0
+        xp = xp_of(array)
+        limit = xp.finfo(array.dtype).tiny / max(decay**FLUSH_EVERY, 1 / FLUSH_MARGIN)
+        array[abs(array) < min(limit, most)] = 0
+
+
+def finite(name: str, value: Any) -> float:
+    """``value`` as a float.
+
+    Raises:
+        TypeError: it is not a real number.
+        ValueError: it is NaN or infinite.
+    """
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} ({value}) must be finite")
+    return float(value)
+
+
+def _parameters(params: Any) -> list[Parameter]:
+    """What an optimiser is given to train, as a list; see :class:`Optimizer`."""
+    if isinstance(params, Mapping):
+        raise TypeError("pass the parameters themselves: named_parameters().values()")
+    if isinstance(params, Module):
+        raise TypeError("pass the network's parameters, net.parameters(), not the network")
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+        raise TypeError(f"pass a list of parameters, not one {type(params).__name__}")
+    listed = list(params)
+    if not all(isinstance(p, Parameter) for p in listed):
+        raise TypeError("an optimiser trains nn.Parameter objects only")
+    if not listed:
+        raise ValueError("an optimiser needs at least one parameter")
+    if len({id(p) for p in listed}) < len(listed):
+        raise ValueError("a parameter is listed twice: it would be stepped twice")
+    return listed
 
 
 __all__ = ["SGD", "Adam", "Optimizer", "adam_rule", "sgd_rule"]
