@@ -2,7 +2,8 @@
 
 Activations are (N, H, W, C): N images of H rows, W columns and C channels. Convolution weights are
 (C_out, kH, kW, C_in / groups), linear weights (out, in). Every function takes and returns
-:class:`~minihyperflows.Tensor`; the operations behind them are in ``minihyperflows.engine``.
+:class:`~minihyperflows.Tensor`; the operations behind them are in ``minihyperflows.engine``, where
+``numbers`` says what integers, half precision and mixed dtypes mean.
 """
 
 from __future__ import annotations

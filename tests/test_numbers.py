@@ -21,6 +21,7 @@ import minihyperflows as mh
 from minihyperflows import flows, lab, nn, optim
 from minihyperflows import functional as F
 from minihyperflows.engine import conv
+from minihyperflows.engine.backend import to_device
 from minihyperflows.engine.graph import Function, Intermediate
 from minihyperflows.engine.numbers import Arithmetic
 from minihyperflows.engine.ops import unbroadcast
@@ -527,6 +528,24 @@ def test_whole_numbers_where_floats_are_needed() -> None:
     assert y.data.tolist() == [[-1.0], [1.0]]
     layer = nn.Linear(2, 2, rng=np.random.default_rng(0))
     assert layer(mh.Tensor([[1, 2]])).dtype == np.float32  # float64 in NumPy
+
+
+ON_A_GPU = ["linear, bias", "conv2d", "avg_pool2d", "softmax", "+", "/", "mean", "batch_norm"]
+
+
+@pytest.mark.parametrize("name", ON_A_GPU)
+def test_the_rule_holds_on_a_gpu(name: str, gpu: Any, rng: np.random.Generator) -> None:
+    """Whole numbers are converted there too, alone and beside floats."""
+    operation = OPERATIONS[name]
+    f = operation.f if name != "batch_norm" else lambda *a: F.batch_norm(*a, training=True)
+    for others in (SINGLE, HALF, WHOLE[1]):
+        dtypes = [WHOLE[1], *[others] * (len(operation.shapes) - 1)]
+        arrays = [draw(s, d, rng) for s, d in zip(operation.shapes, dtypes, strict=True)]
+        expected = f(*map(mh.Tensor, arrays))
+        y = f(*(mh.Tensor(to_device(a, "cuda")) for a in arrays))
+        assert (y.device, y.dtype) == ("cuda", expected.dtype)
+        eps = np.finfo(y.dtype).eps if y.dtype.kind == "f" else 0
+        np.testing.assert_allclose(y.numpy(), expected.data, rtol=4 * eps, atol=20 * eps)
 
 
 # -- empty batches ---------------------------------------------------------------------------------
