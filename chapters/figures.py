@@ -14,13 +14,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.text import Text
 
-from minihyperflows.engine.blas import one_blas_thread
+from minihyperflows.engine.blas import keep_one_blas_thread
 
 BLUE, RED, GREEN, AMBER, PURPLE, GREY = (
     *("#1f5fa8", "#d1495b", "#2a9d6f"),
     *("#e09f3e", "#7b5ea7", "#6c757d"),
 )
-one_blas_thread.__enter__()  # until the kernel ends
+keep_one_blas_thread()
 
 BEND = 0.12  # how far an arrow bulges, as a fraction of its length
 

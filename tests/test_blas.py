@@ -76,6 +76,39 @@ class Product(Function):
 seen = []
 
 
+class Elsewhere:
+    """A thread that enters the engine and leaves it when it is told to."""
+
+    def __init__(self):
+        self.pool = ThreadPoolExecutor(1)
+        self.inside, self.leave = threading.Event(), threading.Event()
+
+    def begin(self):
+        self.work = self.pool.submit(one_blas_thread(self._stay))
+        assert self.inside.wait(30)
+
+    def _stay(self):
+        self.inside.set()
+        assert self.leave.wait(30)
+
+    def end(self):
+        self.leave.set()
+        self.work.result()
+
+
+@pytest.fixture
+def elsewhere():
+    other = Elsewhere()
+    yield other
+    other.leave.set()
+    other.pool.shutdown()
+
+
+def computing(work):
+    """Call ``work`` as if the engine did."""
+    return one_blas_thread(work)()
+
+
 # -- one inside ------------------------------------------------------------------------------------
 
 
@@ -128,44 +161,75 @@ def test_every_product_of_a_network(monkeypatch, rng):
 
 
 @needs_blas
-def test_contexts_of_several_threads_overlap():
-    """The one that entered first leaves first; whoever is the last puts the number back."""
-    inside, leave = threading.Event(), threading.Event()
+def test_several_threads_compute_at_once(elsewhere):
+    """The one that began first ends first; whoever is the last puts the number back."""
 
-    def other():
-        with one_blas_thread:
-            inside.set()
-            assert leave.wait(30)
+    def begin():
+        elsewhere.begin()
+        return numbers()
 
-    with ThreadPoolExecutor(1) as pool:
-        with one_blas_thread:
-            last = pool.submit(other)
-            assert inside.wait(30)
-        assert numbers() == {1}
-        assert blas_threads() == 2
-        leave.set()
-        last.result()
+    assert computing(begin) == {1}
+    assert numbers() == {1}
+    assert blas_threads() == 2
+    elsewhere.end()
     assert numbers() == {2}
 
 
 @needs_blas
 def test_a_number_that_somebody_sets_meanwhile_stays():
-    with one_blas_thread, one_blas_thread:
+    def change():
         for limit in blas._limits():
             for number in limit.numbers:
                 number.set(3)
+
+    computing(lambda: computing(change))
     assert numbers() == {3}
 
 
 @needs_blas
 def test_setting_the_number_inside_waits_for_the_end():
-    with one_blas_thread:
+    def change():
         set_threads(3)
         assert numbers() == {1}
         assert threads.threads() == 3
         set_threads(None)
         assert threads.threads() == 3  # as many as BLAS has, which kept that number
+
+    computing(change)
     assert numbers() == {3}
+
+
+@needs_blas
+def test_ctrl_c_at_every_moment():
+    """Whatever it interrupts, the next operation leaves everything as the user had it.
+
+    Python looks for signals when a function begins and when one written in C has returned.
+    """
+
+    def interrupt(frame, event, _):
+        nonlocal moments
+        if frame.f_code.co_filename == blas.__file__ and event in ("call", "c_return"):
+            moments += 1
+            if moments == last:
+                raise KeyboardInterrupt
+
+    last, interrupted = 0, True
+    before = sys.getprofile()
+    while interrupted:
+        last, moments = last + 1, 0
+        sys.setprofile(interrupt)
+        try:
+            assert computing(numbers) == {1}
+            interrupted = False
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            sys.setprofile(before)
+        assert threads.threads() == 2, last
+        assert not blas._inside, last
+        assert computing(numbers) == {1}, last
+        assert numbers() == {2}, last
+    assert last > 10
 
 
 @needs_blas
@@ -205,25 +269,13 @@ def test_numpys_own_products_beside_the_engines(rng):
 @needs_blas
 @needs_fork
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_process_forked_while_another_thread_computes():
-    inside, leave = threading.Event(), threading.Event()
-
-    def other():
-        with one_blas_thread:
-            inside.set()
-            assert leave.wait(30)
-
-    with ThreadPoolExecutor(1) as pool:
-        last = pool.submit(other)
-        assert inside.wait(30)
-        child = os.fork()
-        if child == 0:
-            alone = numbers() == {2}
-            with one_blas_thread:
-                alone = alone and numbers() == {1}
-            os._exit(0 if alone and numbers() == {2} else 1)
-        leave.set()
-        last.result()
+def test_a_process_forked_while_another_thread_computes(elsewhere):
+    elsewhere.begin()
+    child = os.fork()
+    if child == 0:
+        right = numbers() == {2} and computing(numbers) == {1} and numbers() == {2}
+        os._exit(0 if right else 1)
+    elsewhere.end()
     assert os.waitpid(child, 0)[1] == 0
     assert numbers() == {2}
 
@@ -232,14 +284,11 @@ def test_a_process_forked_while_another_thread_computes():
 @needs_fork
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_process_forked_inside():
-    with one_blas_thread:
-        child = os.fork()
-        if child:
-            assert os.waitpid(child, 0)[1] == 0
+    child, inside = computing(lambda: (os.fork(), numbers()))
     if child == 0:
-        with one_blas_thread:
-            inside = numbers() == {1}
-        os._exit(0 if inside and numbers() == {2} else 1)
+        right = inside == {1} and computing(numbers) == {1} and numbers() == {2}
+        os._exit(0 if right else 1)
+    assert os.waitpid(child, 0)[1] == 0
     assert numbers() == {2}
 
 
@@ -249,8 +298,7 @@ def test_a_process_forked_inside():
 @needs_blas
 def test_the_pool_has_as_many_threads_as_the_user_gives_blas():
     assert threads.threads() == 2
-    with one_blas_thread:
-        assert threads.threads() == 2
+    assert computing(threads.threads) == 2
     with threadpool_limits(1, user_api="blas"):
         assert threads.threads() == 1
     assert threads.threads() == 2
@@ -343,7 +391,7 @@ def test_a_library_with_a_number_for_every_thread(monkeypatch):
 
     assert for_blocks(work, 2, 1) == [1, 1]
     assert library.get() == 2
-    with one_blas_thread, ThreadPoolExecutor(1) as pool:
-        assert pool.submit(library.get).result() == 2  # a thread outside of the engine
-        assert threads.threads() == 2
+    with ThreadPoolExecutor(1) as pool:
+        assert computing(lambda: pool.submit(library.get).result()) == 2  # that thread's own
+    assert computing(threads.threads) == 2
     assert library.get() == 2

@@ -3,7 +3,7 @@
 BLAS is the library that NumPy multiplies matrices with. OpenBLAS shares each product among threads
 of its own, which spin: while they wait for each other, or for the next product, they do not give up
 their cores. Where other programs want these cores too, a thread that spins keeps off the one that
-it waits for, and training takes many times as long. So inside :data:`one_blas_thread` BLAS
+it waits for, and training takes many times as long. So inside :func:`one_blas_thread` BLAS
 multiplies on the thread that asks for the product. What is large enough to gain from several
 threads is shared by the engine's own pool, whose threads sleep while they wait
 (``engine.threads``).
@@ -18,11 +18,13 @@ import itertools
 import os
 import threading
 from collections.abc import Callable
-from functools import cache
-from types import TracebackType
-from typing import Any, NamedTuple
+from functools import cache, wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from threadpoolctl import ThreadpoolController
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Number(NamedTuple):
@@ -33,82 +35,101 @@ class Number(NamedTuple):
 
 
 class Limit:
-    """Holds the numbers of some libraries at one while any context is open.
+    """Holds the numbers of some libraries at one while any thread is inside the engine.
 
-    The numbers are those of the whole process. So threads that compute at the same time count
-    themselves in and out: the first one in keeps what it finds, the last one out puts it back. If
-    somebody else has set a number meanwhile, theirs stays.
+    The numbers are those of the whole process: the first thread in keeps what it finds, the last
+    one out puts it back. If somebody else has set a number meanwhile, theirs stays.
+
+    Ctrl-C may come between any two steps here. So who is inside is kept elsewhere, by means that
+    it cannot break (:func:`one_blas_thread`), and what it leaves undone the next call makes up for.
     """
 
     def __init__(self, numbers: tuple[Number, ...]) -> None:
         self.numbers = numbers
         self.lock = threading.Lock()
-        self.open = 0  # contexts, of all threads
-        self.given = [1 for _ in numbers]  # by the user, kept while a context is open
+        self.held = False
+        self.given = [1 for _ in numbers]  # by the user, kept while held
 
-    def enter(self) -> None:
+    def is_wanted(self) -> bool:
+        """Whether anybody is inside the engine."""
+        return bool(_inside)
+
+    def hold(self) -> None:
         with self.lock:
-            if self.open == 0:
-                self.given = [number.get() for number in self.numbers]
+            found = [number.get() for number in self.numbers]
+            pairs = zip(self.given, found, strict=True)
+            self.given = [g if self.held and f == 1 else f for g, f in pairs]
+            self.held = True
+            for number, f in zip(self.numbers, found, strict=True):
+                if f != 1:
+                    number.set(1)
+
+    def release(self) -> None:
+        with self.lock:
+            if self.held and not self.is_wanted():
                 for number, given in zip(self.numbers, self.given, strict=True):
-                    if given != 1:
-                        number.set(1)
-            self.open += 1
-
-    def leave(self) -> None:
-        with self.lock:
-            if self.open == 1:
-                self._restore()
-            self.open = max(0, self.open - 1)  # 0 already in a process forked inside the context
+                    if given != 1 and number.get() == 1:
+                        number.set(given)
+                self.held = False
 
     def users(self) -> list[int]:
-        """The numbers as they are while no context is open."""
+        """The numbers as they are outside of the engine."""
         with self.lock:
-            return self.given if self.open else [number.get() for number in self.numbers]
+            return self.given if self.held else [number.get() for number in self.numbers]
 
     def set_users(self, threads: int) -> None:
         """Change them."""
         with self.lock:
             self.given = [threads for _ in self.numbers]
-            if self.open == 0:
+            if not self.is_wanted():
+                self.held = False
                 for number in self.numbers:
                     number.set(threads)
-
-    def close_all(self) -> None:
-        """For a forked process, in which those who opened contexts do not exist."""
-        self.lock = threading.Lock()  # the old one may be held by one of them
-        if self.open:
-            self._restore()
-            self.open = 0
-
-    def _restore(self) -> None:
-        for number, given in zip(self.numbers, self.given, strict=True):
-            if given != 1 and number.get() == 1:
-                number.set(given)
 
 
 class ThreadsOwnLimit(threading.local, Limit):
     """The same for libraries built on OpenMP, where each thread of the process has a number."""
 
-
-class OneBlasThread:
-    """The context in which BLAS computes each product on one thread; may be nested."""
-
-    def __enter__(self) -> None:
-        for limit in _limits():
-            limit.enter()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for limit in _limits():
-            limit.leave()
+    def is_wanted(self) -> bool:
+        return not _inside.keys().isdisjoint((threading.get_ident(), FOR_GOOD))
 
 
-one_blas_thread = OneBlasThread()
+# The threads that are inside the engine now. A dictionary, since ``d[key] = ...`` and ``del`` are
+# one step each.
+_inside: dict[int, bool] = {}
+FOR_GOOD = -1  # no thread's identifier
+
+
+def one_blas_thread(function: Callable[P, T]) -> Callable[P, T]:
+    """A decorator: inside ``function`` BLAS computes each product on one thread.
+
+    It is not a context manager because Ctrl-C may come at the first step of ``__exit__``, before
+    anything is put back. Between ``try`` and the first step of ``finally`` it cannot be missed.
+    """
+
+    @wraps(function)
+    def inside(*arguments: P.args, **options: P.kwargs) -> T:
+        thread = threading.get_ident()
+        if thread in _inside:
+            return function(*arguments, **options)
+        try:
+            _inside[thread] = True
+            for limit in _limits():
+                limit.hold()
+            return function(*arguments, **options)
+        finally:
+            del _inside[thread]
+            for limit in _limits():
+                limit.release()
+
+    return inside
+
+
+def keep_one_blas_thread() -> None:
+    """From now on BLAS computes on one thread in all that this process does."""
+    _inside[FOR_GOOD] = True
+    for limit in _limits():
+        limit.hold()
 
 
 def blas_threads() -> int:
@@ -159,8 +180,12 @@ def _number(library: Any) -> Number:
 
 
 def _after_fork() -> None:
+    """In the new process there is one thread, the one that forked: no other is inside."""
+    for thread in _inside.keys() - {threading.get_ident(), FOR_GOOD}:
+        del _inside[thread]
     for limit in _limits() if _limits.cache_info().currsize else ():
-        limit.close_all()
+        limit.lock = threading.Lock()  # another thread may have held the old one
+        limit.release()
 
 
 if hasattr(os, "register_at_fork"):

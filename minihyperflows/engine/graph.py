@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from minihyperflows.engine import memory, numbers
 from minihyperflows.engine.backend import Array, xp_of
+from minihyperflows.engine.blas import one_blas_thread
 from minihyperflows.engine.changes import Kept, Version, require_unchanged
 from minihyperflows.engine.errors import GraphError, ShapeError
 from minihyperflows.engine.gpu import elementwise as gpu_elementwise
@@ -157,6 +158,7 @@ def reverse_topological_order(root: Function) -> list[Function]:
     return order
 
 
+@one_blas_thread
 def backpropagate(root: Function, cotangent: list[Array]) -> None:
     """Add the gradient of every leaf below ``root`` to its ``grad``, then free the graph.
 

@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minihyperflows.engine.backend import Array, device_of, xp_of
+from minihyperflows.engine.blas import one_blas_thread
 
 if TYPE_CHECKING:
     from minihyperflows.engine.graph import Function
@@ -106,6 +107,7 @@ def as_floats(*inputs: Any) -> list[Any]:
     return converted(inputs, computing_dtype(float_dtype(*inputs)))
 
 
+@one_blas_thread
 def forward(function: Function, inputs: list[Any]) -> Array:
     """``function.forward`` of arrays and Python numbers, by the rule."""
     dtypes = {a.dtype for a in inputs if hasattr(a, "dtype")}

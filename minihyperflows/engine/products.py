@@ -23,6 +23,7 @@ LEAST_SIDE = 128
 LEAST_STACK = 16
 
 
+@one_blas_thread
 def matmul(a: Array, b: Array) -> Array:
     """a b for arrays (..., n, k) and (..., k, m), broadcast as NumPy does it: (..., n, m).
 
@@ -30,8 +31,7 @@ def matmul(a: Array, b: Array) -> Array:
     there are no partial sums to keep.
     """
     if device_of(a) != "cpu" or not _is_large(a, b):
-        with one_blas_thread:
-            return a @ b
+        return a @ b
     shape = (*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
     axis = _axis_to_cut(shape)
     y = empty(np, shape, np.result_type(a, b))

@@ -13,7 +13,6 @@ import numpy as np
 
 from minihyperflows.engine import numbers, ops
 from minihyperflows.engine.backend import Array, device_of, to_device, to_numpy, xp_of
-from minihyperflows.engine.blas import one_blas_thread
 from minihyperflows.engine.changes import kept_by
 from minihyperflows.engine.errors import DeviceError, GraphError, NonFiniteLossError, ShapeError
 from minihyperflows.engine.graph import (
@@ -145,8 +144,7 @@ class Tensor:
         if self.creator is None:
             add_to_leaf(self, [self._first_cotangent(cotangent)])
         else:
-            with one_blas_thread:
-                backpropagate(self.creator, [self._first_cotangent(cotangent)])
+            backpropagate(self.creator, [self._first_cotangent(cotangent)])
 
     def _first_cotangent(self, cotangent: Any) -> Array:
         xp = xp_of(self.data)
@@ -259,8 +257,7 @@ def apply(function: Function, *inputs: Any) -> Tensor:
     recorded = is_recording() and any(needs)
     function.needs = needs if recorded else (False,) * len(needs)
     given = list(vars(function).values())
-    with one_blas_thread:
-        output = Tensor(numbers.forward(function, arrays))
+    output = Tensor(numbers.forward(function, arrays))
     if recorded:
         function.inputs = tuple(_without_values(x) for x in inputs)
         function.output_shape = output.shape

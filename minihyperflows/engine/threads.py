@@ -87,13 +87,17 @@ def for_blocks(
     on_gpu = device_of(array) != "cpu"
     block = max(1, length) if on_gpu else block
     slices = [slice(start, min(start + block, length)) for start in range(0, length, block)]
-    if on_gpu:
-        return [work(s) for s in slices]
-    with one_blas_thread:
-        others = 0 if _working.get() or len(slices) < 2 else threads() - 1
-        return _share(work, slices, others) if others else [work(s) for s in slices]
+    alone = on_gpu or len(slices) < 2 or _working.get()
+    others = 0 if alone else threads() - 1
+    return _share(work, slices, others) if others else _by_one(work, slices)
 
 
+@one_blas_thread
+def _by_one(work: Callable[[slice], T], slices: list[slice]) -> list[T]:
+    return [work(s) for s in slices]
+
+
+@one_blas_thread
 def _share(work: Callable[[slice], T], slices: list[slice], others: int) -> list[T]:
     """The results of ``work`` for all slices, by this thread and as many as ``others``."""
     results: list[Any] = [None] * len(slices)
@@ -106,9 +110,9 @@ def _share(work: Callable[[slice], T], slices: list[slice], others: int) -> list
 
     tasks = [take_turns]  # emptied below: a helper that comes too late keeps no arrays alive
 
+    @one_blas_thread
     def help_out() -> None:
-        with one_blas_thread:
-            tasks[0]()
+        tasks[0]()
 
     pool, number = _pool(others), min(others, len(slices) - 1)
     helpers = [pool.submit(copy_context().run, help_out) for _ in range(number)]

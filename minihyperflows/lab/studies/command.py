@@ -59,9 +59,8 @@ def reporting() -> Callable[[Main], Main]:
     def decorate(main: Main) -> Main:
         @wraps(main)
         def reported(*arguments: Any, **options: Any) -> None:
-            with one_blas_thread:
-                status = run_command(lambda: main(*arguments, **options), lambda: CONTINUES)
-            if status:
+            work = one_blas_thread(main)
+            if status := run_command(lambda: work(*arguments, **options), lambda: CONTINUES):
                 raise SystemExit(status)
 
         return reported
