@@ -20,6 +20,7 @@ from minihyperflows.lab.bench_table import gpu_table, table
 from minihyperflows.lab.checkpoint import (
     load_checkpoint,
     named_path,
+    remove_temporary,
     write_atomically,
     write_json,
 )
@@ -28,6 +29,7 @@ from minihyperflows.lab.data import NAMES
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.folders import RunFolder, require_exportable
 from minihyperflows.lab.gpu_bench import GpuBenchSettings, measure_on_gpu
+from minihyperflows.lab.locks import locked_file
 from minihyperflows.lab.networks import MODELS, options_of
 from minihyperflows.lab.ranges import Range, number, shown, whole
 from minihyperflows.lab.recipes import RECIPES, Recipe, fields_with_ranges, find, flat
@@ -458,7 +460,9 @@ def export_weights(options: argparse.Namespace) -> None:
     arrays, values = load_checkpoint(path, advice="give another one")
     weights = pruned_weights(arrays)
     metadata = {"recipe": values["recipe"]["name"], "epoch": str(values["trainer"]["epoch"])}
-    write_atomically(options.out, save(weights, metadata))
+    with locked_file(options.out):
+        remove_temporary(options.out.parent, [options.out.name])
+        write_atomically(options.out, save(weights, metadata))
     print(f"{options.out}: {len(weights)} tensors")
 
 

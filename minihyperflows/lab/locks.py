@@ -13,6 +13,7 @@ holds it can notice that its folder is another one by now (:meth:`Lock.check`).
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import platform
 import re
@@ -36,6 +37,7 @@ SECONDS_BETWEEN_TRIES = 0.1
 TRIES = 1000  # while others make and remove the folder or the file at the same moment
 
 _TEXT = re.compile(rb"minihyperflows (\w+) (\d+) ([^\n]*)\n")
+_MOST_BYTES = 240  # of a name; systems take 255
 _FAR = 2**30  # Windows locks bytes, which nobody else can read then: one behind the text
 
 
@@ -221,11 +223,18 @@ def locked_file(path: Path) -> Iterator[None]:
     target = Path(os.path.realpath(path))  # one lock for a file and the links to it
     if not target.parent.is_dir():
         raise UserError(f"cannot write {path}: there is no folder {path.parent}")
-    lock = Lock(target.with_name(target.name + ".lock"), path)
+    lock = Lock(target.with_name(_lock_name(target.name)), path)
     try:
         yield
     finally:
         lock.release()
+
+
+def _lock_name(name: str) -> str:
+    """``name.lock``; of a name that leaves no room for that, the beginning and a checksum."""
+    if len(os.fsencode(name)) > _MOST_BYTES:
+        name = f"{name[:50]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
+    return f"{name}.lock"
 
 
 # -- the system ----------------------------------------------------------------------------------

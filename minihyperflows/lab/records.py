@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, cast
 
-from minihyperflows.lab.checkpoint import write_atomically
+from minihyperflows.lab.checkpoint import remove_temporary, write_atomically
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.folders import RunFolder, run_folder_of
 from minihyperflows.lab.locks import locked_file
@@ -196,6 +196,7 @@ def writing(out: Path) -> Iterator[None]:
     if run := run_folder_of(Path(os.path.realpath(out))):
         raise UserError(f"{out} is a file of the run in {run.path}: choose another name")
     with locked_file(out):
+        remove_temporary(out.parent, [out.name])
         yield
 
 
