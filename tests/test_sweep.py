@@ -439,18 +439,29 @@ def test_without_dask(tmp_path, monkeypatch, capsys):
 # -- the command line ----------------------------------------------------------------------------
 
 
+def status_of(*arguments):
+    """The exit status of the command line, which leaves by an exception if it cannot read them."""
+    try:
+        return main(list(arguments))
+    except SystemExit as stop:
+        return stop.code
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["nonsense", "--gammas", "1"], "unknown recipe"),
         (["lenet300-digits-gamma", "--gammas", "2:1"], "must go up"),
-        (["lenet300-digits-gamma", "--gammas", "1", "--seeds", "0"], "one seed"),
-        (["lenet300-digits-gamma", "--gammas", "1", "--workers", "0"], "one worker"),
+        (["lenet300-digits-gamma", "--gammas", "1", "--seeds", "0"], "--seeds: it is a whole"),
+        (["lenet300-digits-gamma", "--gammas", "1", "--workers", "0"], "--workers: it is a whole"),
         (["lenet300-mnist-gamma", "--gammas", "1", "--data-dir", "nowhere"], "nowhere"),
         (["lenet300-digits-gamma", "--gammas", "1", "--record", "no/r.csv"], "there is no folder"),
         (["lenet300-digits-gamma", "--gammas", "1", "--set", "x.y=1"], "no field 'x.y'"),
         (["lenet300-digits-gamma", "--gammas", "1", "--set", "batch_size"], "FIELD=VALUE"),
-        (["lenet300-digits", "--gammas", "1", "--set", "pruning.epochs=0"], "no stage under press"),
+        (
+            ["lenet300-digits", "--gammas", "1", "--set", "pruning.epochs=0"],
+            "only weights that feel",
+        ),
         (
             ["lenet300-digits-gamma", "--gammas", "1", "--workers", "2", "--scheduler", "x"],
             "leave out --workers",
@@ -459,7 +470,7 @@ def test_without_dask(tmp_path, monkeypatch, capsys):
 )
 def test_mistakes_get_one_line_and_status_2(arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["sweep", *arguments, "--out", "s"]) == 2
+    assert status_of("sweep", *arguments, "--out", "s") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert words in line
