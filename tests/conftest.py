@@ -7,6 +7,7 @@ import one_thread  # noqa: F401 - before NumPy
 # isort: split
 
 import gc
+import importlib
 import os
 import sys
 from collections import Counter
@@ -38,6 +39,18 @@ def threads_as_before() -> Iterator[None]:
     set_blas_threads(before)
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels_are_compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For all processes that share the tests (xdist) together."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "kernels"
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        compiler = importlib.import_module("minihyperflows.lab.emulator.compiler")
+        patch.setattr(compiler, "_folder", lambda: folder)
+        yield
 
 
 @pytest.fixture

@@ -159,6 +159,7 @@ def test_the_ratio_is_the_median_of_the_ratios_within_rounds():
     assert faster_format(both) == "channels_last"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(machine.peak_memory() is None, reason="this system does not tell")
 def test_memory_of_a_step_is_that_of_a_fresh_process():
     ballast = np.ones(50_000_000)  # 400 MB, which a child on Linux inherits in getrusage's number

@@ -16,6 +16,7 @@ def build(kind: type[HyperLayer], bias: bool = True, embedding: int = 8) -> Any:
     return lambda shape, rng: kind(shape, embedding, bias, rng=rng, dtype=np.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("embedding", [1, 8])
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_package_s_hypernetworks_pass(bias: bool, embedding: int) -> None:

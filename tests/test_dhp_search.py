@@ -231,6 +231,7 @@ def test_a_search_reaches_its_target(dtype: Any) -> None:
     assert accuracy(compact, dtype) > 0.85
 
 
+@pytest.mark.slow
 def test_the_function_gap_is_large_as_published() -> None:
     """U9: with biases the cut takes away what the network computed with."""
     found = searched(np.float64, hyper_bias=True, target=0.5, l1=0.1)

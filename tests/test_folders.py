@@ -114,6 +114,7 @@ def test_two_threads(tmp_path: Path, whole: Path) -> None:
     assert results(tmp_path) == results(whole)
 
 
+@pytest.mark.slow
 @posix
 def test_two_processes_at_the_same_moment(tmp_path: Path) -> None:
     command = [sys.executable, str(HERE / "racing.py"), str(tmp_path), "10"]
@@ -131,6 +132,7 @@ with locked(pathlib.Path(sys.argv[1])):
 """
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_process_ends_with_it(tmp_path: Path) -> None:
     """However it ends; the message names the process."""
     folder = tmp_path / "run"
@@ -484,16 +486,13 @@ def test_collect_replaces_tables_of_runs_and_nothing_else(
 # -- damage --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @posix
 @pytest.mark.parametrize(
     ("kind", "trouble"),
     [
         *(("new", "killed"), ("over", "killed"), ("own", "killed"), ("new", "full")),
-        pytest.param("over", "full", marks=pytest.mark.slow),
-        pytest.param("own", "full", marks=pytest.mark.slow),
-        ("new", "gone"),
-        pytest.param("over", "gone", marks=pytest.mark.slow),
-        pytest.param("own", "gone", marks=pytest.mark.slow),
+        *(("over", "full"), ("own", "full"), ("new", "gone"), ("over", "gone"), ("own", "gone")),
     ],
 )
 def test_trouble_at_every_write(kind: str, trouble: str, tmp_path: Path) -> None:
@@ -525,6 +524,7 @@ def damaged(content: bytes, rng: np.random.Generator) -> bytes:
 CASES = int(os.environ.get("DAMAGES", "6"))  # of each file in each kind of folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["finished", "begun"])
 def test_damage_is_noticed_or_does_not_matter(
     state: str,
@@ -727,6 +727,7 @@ def test_a_long_name_of_a_file_that_fits(finished: Path, tmp_path: Path) -> None
         assert (tmp_path / name).exists()
 
 
+@pytest.mark.slow
 @posix
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_a_name_that_the_terminal_cannot_show(encoding: str, tmp_path: Path, whole: Path) -> None:

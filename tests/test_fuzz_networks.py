@@ -17,6 +17,7 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+import pytest
 from random_networks import KINDS, Case, Facts, build, named, seeds
 
 from minihyperflows import functional as F
@@ -165,6 +166,7 @@ def test_costs_are_counts() -> None:
 # -- hypernetworks ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_extraction_is_the_generated_network_with_channels_masked() -> None:
     for seed in seeds(30):
         with named(seed):
@@ -347,6 +349,7 @@ def true_gradients(case: Case, weights: list[Any], x: np.ndarray, labels: Any) -
     return flat([np.zeros(p.shape) if p.grad is None else p.grad for p in found])
 
 
+@pytest.mark.slow
 def test_pruners_keep_what_the_formulas_say_step_by_step() -> None:
     for seed in seeds(40):
         with named(seed):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from lanes import large
 
 import minihyperflows as mh
 from minihyperflows import Tensor, flows, models, nn
@@ -39,7 +40,7 @@ def backward(net: nn.Module, x: np.ndarray, y: np.ndarray, device: str) -> float
     return loss.item()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["lenet300", *large(*sorted({*MODELS} - {"lenet300"}))])
 def test_every_model_and_its_gates_run_on_both(gpu, name):
     x, y = batch_for(name)
     ours, theirs = build(name).to("cuda"), build(name)

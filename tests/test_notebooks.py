@@ -255,6 +255,7 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bool]:
     return {name: passed[f"Cell {i}"] for i, name in enumerate(COMPARISONS)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPARISONS)
 def test_outputs_are_compared_with_a_tolerance(name: str, verdicts: dict[str, bool]) -> None:
     assert verdicts[name] == COMPARISONS[name][2]

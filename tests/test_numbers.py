@@ -324,6 +324,7 @@ OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_network_in_half_precision_trains(name: str) -> None:
     """With gates, pressure, both ways of batch norm and the optimisers, on the CPU."""

@@ -416,6 +416,7 @@ def test_gradients_are_those_of_copy_and_sum(dtype: str, program: Program) -> No
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch is None, reason="PyTorch is not installed")
 @pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
 @given(data=st.data())

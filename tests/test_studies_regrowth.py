@@ -70,6 +70,7 @@ def test_the_variants_are_recipes_with_one_dense_network() -> None:
 # -- a pruned network ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_removals_are_remembered(short: None) -> None:
     data, settings = lab.load("digits"), regrowth.recipe("high to low", dataset="digits")
     trainer = regrowth.new_trainer(settings, data, seed=1)
@@ -96,6 +97,7 @@ def test_removals_are_remembered(short: None) -> None:
     assert back.any()
 
 
+@pytest.mark.slow
 def test_removed_weights_decay_as_the_closed_form_says(short: None) -> None:
     pruned, _ = prune("very high to low")
     gone = pruned.absent
@@ -131,6 +133,7 @@ def test_regrowth_continues_where_pruning_ended(short: None) -> None:
 # -- the files -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tables_are_joined_and_not_repeated(
     short: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -148,6 +148,7 @@ def arguments(out: Path, seeds: int) -> list[str]:
     return [*words, "--seeds", str(seeds), "--out", str(out)]
 
 
+@pytest.mark.slow
 def test_the_command_leaves_a_table_and_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "removal.csv"
     removal.main(arguments(out, 1))
@@ -166,6 +167,7 @@ def test_the_command_leaves_a_table_and_goes_on(tmp_path: Path) -> None:
     assert {row["seed"] for row in second} == {0, 1}
 
 
+@pytest.mark.slow
 def test_watching_does_not_change_the_run() -> None:
     data, recipe = lab.load("digits"), lab.RECIPES["lenet300-digits"].scaled(0.04)
     densities = []

@@ -48,6 +48,7 @@ def test_finished_runs_are_not_repeated(tmp_path: Path) -> None:
     assert both[0]["seconds"] == pytest.approx(first[0]["seconds"])
 
 
+@pytest.mark.slow
 def test_runs_that_share_their_dense_network_are_those_that_do_not() -> None:
     setting, data = targets.SETTINGS["perceptron"], lab.load("digits")
     dense = targets.train_dense(setting, data, seed=3)

@@ -146,6 +146,7 @@ def test_a_sweep_and_its_table(here, tmp_path, capsys):
     assert rows(tmp_path / "alone") == rows(tmp_path / "s" / "gamma-64-seed1")
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_repeated_and_others_can_be_added(here, tmp_path, capsys):
     run_sweep(RECIPE, (1,), tmp_path, record=tmp_path / "other.csv")
     assert not (tmp_path / "sweep.csv").exists()
@@ -161,6 +162,7 @@ def test_finished_runs_are_not_repeated_and_others_can_be_added(here, tmp_path, 
     assert len(read_records(tmp_path / "sweep.csv")) == 1
 
 
+@pytest.mark.slow
 def test_a_dense_stage_is_run_once_for_each_seed(here, tmp_path):
     recipe = lab.RECIPES["lenet300-digits"].scaled(0.02)  # 1 + 2 + 1 epochs, the last left out
     run_sweep(recipe, (1, 2), tmp_path, seeds=2, progress=False)
@@ -175,6 +177,7 @@ def test_a_dense_stage_is_run_once_for_each_seed(here, tmp_path):
     assert {r["stage"] for r in rows(tmp_path / "gamma-2-seed1")} == {"dense", "pruning"}
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_leaves_the_others_alone(here, tmp_path, monkeypatch, capsys):
     real = workers.run
 

@@ -115,6 +115,7 @@ def test_elementwise_and_add():
     np.testing.assert_array_equal(total, a + b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vgg19", "resnet50"])
 def test_a_step_of_a_network_does_not_depend_on_the_threads(name):
     """Bit for bit."""

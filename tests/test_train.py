@@ -94,6 +94,7 @@ def test_without_landing_regrowth_goes_its_own_way(data):
     assert records[-1].lr_presence > 0
 
 
+@pytest.mark.slow
 def test_the_switches_change_what_happens(data):
     constant = change(TINY, pressure={"gamma": 7.0})
     assert {r.gamma for r in run(constant, data)[1][1:9]} == {7.0}
@@ -194,6 +195,7 @@ def test_a_network_with_gates_is_refused(data):
         next(lab.train(net, data, TINY, rng=rng))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vgg19-cifar10", "resnet50-cifar10"])
 def test_convolutional_recipes_train_narrow_and_continue_from_their_state(name):
     """All three stages of the paper's recipes, with augmentation, on a few drawn images."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -67,8 +69,11 @@ def _works(command: str) -> bool:
 
 
 @cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="minihyperflows-emulator-")
+def _folder() -> Path:
+    """Where this process compiles; several may share one."""
+    folder = tempfile.mkdtemp(prefix="minihyperflows-emulator-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 @cache
@@ -81,14 +86,15 @@ def compiled(text: str, include: tuple[str, ...] = ()) -> ctypes.CDLL:
     """
     command = require_compiler()
     name = hashlib.sha256("\0".join((text, *include)).encode()).hexdigest()[:16]
-    source, library = (Path(_folder().name) / f"{name}.{end}" for end in ("cpp", "so"))
-    source.write_text(text, encoding="utf-8")
-    folders = [f"-I{folder}" for folder in (str(HERE), *include)]
-    result = subprocess.run(
-        [command, *FLAGS, *folders, "-o", str(library), str(source)], capture_output=True, text=True
-    )
-    if result.returncode:
-        raise ValueError(f"the kernels do not compile:\n{result.stderr}")
+    library = _folder() / f"{name}.so"
+    if not library.exists():  # else another process has compiled it
+        new = _folder() / f"{name}-{os.getpid()}.so"
+        folders = [f"-I{folder}" for folder in (str(HERE), *include)]
+        arguments = [command, *FLAGS, *folders, "-o", str(new), "-x", "c++", "-"]
+        result = subprocess.run(arguments, input=text, capture_output=True, text=True)
+        if result.returncode:
+            raise ValueError(f"the kernels do not compile:\n{result.stderr}")
+        os.replace(new, library)
     return ctypes.CDLL(str(library))
 
 
