@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -23,6 +22,8 @@ from minihyperflows.engine.tensor import Tensor
 from minihyperflows.nn.layers import weight_groups, weighted_layers
 from minihyperflows.nn.module import Module, Parameter
 from minihyperflows.nn.restore import in_mode, restored
+
+EPSILON = float(np.finfo(np.float64).eps)
 
 # -- operations ----------------------------------------------------------------------------------
 
@@ -189,7 +190,7 @@ def ceil_of(fraction: float, total: int) -> int:
 def _whole(product: float, total: int, otherwise: int) -> int:
     nearest = round(product)
     # A fraction in [0, 1], such as 1 - s, is known to an ulp of 1 or so; the product adds another.
-    return nearest if abs(product - nearest) <= 4 * sys.float_info.epsilon * total else otherwise
+    return nearest if abs(product - nearest) <= 4 * EPSILON * total else otherwise
 
 
 def kept_weights(density: float, total: int) -> int:
