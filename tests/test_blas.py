@@ -179,8 +179,7 @@ def test_several_threads_compute_at_once(elsewhere):
 def test_a_number_that_somebody_sets_meanwhile_stays():
     def change():
         for limit in blas._limits():
-            for number in limit.numbers:
-                number.set(3)
+            limit.set(3)
 
     computing(lambda: computing(change))
     assert numbers() == {3}
@@ -381,7 +380,7 @@ class OpenMP:
 
 def test_a_library_with_a_number_for_every_thread(monkeypatch):
     library = OpenMP()
-    limit = blas.ThreadsOwnLimit((blas.Number(library.get, library.set),))
+    limit = blas.ThreadsOwnLimit(library.get, library.set)
     monkeypatch.setattr(blas, "_limits", lambda: (limit,))
     meeting = threading.Barrier(2, timeout=30)
 

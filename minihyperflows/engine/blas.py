@@ -19,7 +19,7 @@ import os
 import threading
 from collections.abc import Callable
 from functools import cache, wraps
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from threadpoolctl import ThreadpoolController
 
@@ -27,28 +27,24 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Number(NamedTuple):
-    """The number of threads of a BLAS library: how to ask for it and how to set it."""
-
-    get: Callable[[], int]
-    set: Callable[[int], object]
-
-
 class Limit:
-    """Holds the numbers of some libraries at one while any thread is inside the engine.
+    """Holds the number of threads of one library at one while any thread is inside the engine.
 
-    The numbers are those of the whole process: the first thread in keeps what it finds, the last
-    one out puts it back. If somebody else has set a number meanwhile, theirs stays.
+    The number is that of the whole process: the first thread in keeps what it finds, the last one
+    out puts it back. If somebody else has set the number meanwhile, theirs stays.
 
     Ctrl-C may come between any two steps here. So who is inside is kept elsewhere, by means that
     it cannot break (:func:`one_blas_thread`), and what it leaves undone the next call makes up for.
+
+    Args:
+        get, set: ask for the number and change it.
     """
 
-    def __init__(self, numbers: tuple[Number, ...]) -> None:
-        self.numbers = numbers
+    def __init__(self, get: Callable[[], int], set: Callable[[int], object]) -> None:
+        self.get, self.set = get, set
         self.lock = threading.Lock()
         self.held = False
-        self.given = [1 for _ in numbers]  # by the user, kept while held
+        self.given = 1  # by the user, kept while held
 
     def is_wanted(self) -> bool:
         """Whether anybody is inside the engine."""
@@ -56,35 +52,32 @@ class Limit:
 
     def hold(self) -> None:
         with self.lock:
-            found = [number.get() for number in self.numbers]
-            pairs = zip(self.given, found, strict=True)
-            self.given = [g if self.held and f == 1 else f for g, f in pairs]
+            found = self.get()
+            if found != 1 or not self.held:
+                self.given = found
             self.held = True
-            for number, f in zip(self.numbers, found, strict=True):
-                if f != 1:
-                    number.set(1)
+            if found != 1:
+                self.set(1)
 
     def release(self) -> None:
         with self.lock:
             if self.held and not self.is_wanted():
-                for number, given in zip(self.numbers, self.given, strict=True):
-                    if given != 1 and number.get() == 1:
-                        number.set(given)
+                if self.given != 1 and self.get() == 1:
+                    self.set(self.given)
                 self.held = False
 
-    def users(self) -> list[int]:
-        """The numbers as they are outside of the engine."""
+    def users(self) -> int:
+        """The number as it is outside of the engine."""
         with self.lock:
-            return self.given if self.held else [number.get() for number in self.numbers]
+            return self.given if self.held else self.get()
 
     def set_users(self, threads: int) -> None:
-        """Change them."""
+        """Change it."""
         with self.lock:
-            self.given = [threads for _ in self.numbers]
+            self.given = threads
             if not self.is_wanted():
                 self.held = False
-                for number in self.numbers:
-                    number.set(threads)
+                self.set(threads)
 
 
 class ThreadsOwnLimit(threading.local, Limit):
@@ -134,7 +127,7 @@ def keep_one_blas_thread() -> None:
 
 def blas_threads() -> int:
     """How many threads the user has given to BLAS; 1 if no library is found that can tell."""
-    return max((n for limit in _limits() for n in limit.users()), default=1)
+    return max((limit.users() for limit in _limits()), default=1)
 
 
 def set_blas_threads(number: int) -> None:
@@ -156,27 +149,29 @@ def _libraries() -> tuple[Any, ...]:
 
 @cache
 def _limits() -> tuple[Limit, ...]:
-    numbers: dict[bool, list[Number]] = {False: [], True: []}
-    for library in _libraries():
-        numbers[_has_openmp(library)].append(_number(library))
-    limits = Limit(tuple(numbers[False])), ThreadsOwnLimit(tuple(numbers[True]))
-    return tuple(limit for limit in limits if limit.numbers)
+    return tuple(
+        (ThreadsOwnLimit if _has_openmp(library) else Limit)(*_functions(library))
+        for library in _libraries()
+    )
 
 
 def _has_openmp(library: Any) -> bool:
     return library.internal_api == "openblas" and library.threading_layer == "openmp"
 
 
-def _number(library: Any) -> Number:
-    """threadpoolctl's functions, but for OpenBLAS its own: threadpoolctl's take several times as
-    long and, from version 3.8 on, do nothing in any thread but the first that calls them."""
+def _functions(library: Any) -> tuple[Callable[[], int], Callable[[int], object]]:
+    """How to get and set the number: OpenBLAS's own functions, else threadpoolctl's.
+
+    For OpenBLAS threadpoolctl's take several times as long and, from version 3.8 on, do nothing in
+    any thread but the first that calls them.
+    """
     if library.internal_api == "openblas" and not _has_openmp(library):
         for prefix, suffix in itertools.product(("", "scipy_"), ("", "64_", "_64")):
             get = getattr(library.dynlib, f"{prefix}openblas_get_num_threads{suffix}", None)
             set_ = getattr(library.dynlib, f"{prefix}openblas_set_num_threads{suffix}", None)
             if get is not None and set_ is not None:
-                return Number(get, set_)
-    return Number(library.get_num_threads, library.set_num_threads)
+                return get, set_
+    return library.get_num_threads, library.set_num_threads
 
 
 def _after_fork() -> None:
