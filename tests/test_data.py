@@ -721,3 +721,83 @@ def test_no_opcode_that_calls_is_admitted() -> None:
     calling = {"INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID"}
     assert not calling & set(pickles.ACTIONS)
     assert len(pickles.OPCODES) == len(pickles.ACTIONS)  # each is an opcode of pickle's
+
+
+# -- what a data set is given ----------------------------------------------------------------------
+
+TRAIN, TEST, WIDTH = 12, 8, 16
+
+
+def parts(**changes: Any) -> dict[str, Any]:
+    """The arguments of a sound data set, some of them changed."""
+    rng = np.random.default_rng(0)
+    sound = {
+        "name": "mine",
+        "train_x": rng.integers(0, 256, (TRAIN, WIDTH, WIDTH, 3), np.uint8),
+        "train_y": rng.integers(0, 4, TRAIN),
+        "test_x": rng.integers(0, 256, (TEST, WIDTH, WIDTH, 3), np.uint8),
+        "test_y": rng.integers(0, 4, TEST),
+        "classes": ("a", "b", "c", "d"),
+        "mean": (0.5,) * 3,
+        "std": (0.25,) * 3,
+    }
+    return {k: changes[k](v) if k in changes else v for k, v in sound.items()}
+
+
+def test_sound_data_are_taken_as_they_are() -> None:
+    for labels in (np.uint8, np.int32, np.int64):
+        given = parts(train_y=lambda y, kind=labels: y.astype(kind))
+        data = Dataset(**given)
+        assert all(getattr(data, name) is value for name, value in given.items())
+    Dataset(**parts(classes=list))
+    grey = {"mean": lambda m: m[:1], "std": lambda s: s[:1]}
+    images = {f"{part}_x": lambda x: x[..., :1] for part in ("train", "test")}
+    Dataset(**parts(**images, **grey))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_x": lambda x: x / 255}, r"train_x holds float64: .*\(255 \* train_x\)\.round"),
+        ({"train_x": lambda x: x * 1.0}, r"train_x holds float64: .* between 0 and 255$"),
+        ({"test_x": lambda x: x.astype(np.int64)}, "test_x holds int64: pixels are uint8"),
+        ({"train_x": lambda x: x.tolist()}, "train_x must be a NumPy array of uint8, not list"),
+        ({"train_x": lambda x: x[..., 0]}, r"without channels: write train_x\[\.\.\., np\.newaxis"),
+        ({"train_x": lambda x: x.reshape(TRAIN, -1)}, r"images are \(N, H, W, C\)"),
+        ({"train_x": lambda x: x.transpose(0, 3, 1, 2)}, r"channels come last, train_x\.transpose"),
+        ({"test_x": lambda x: x[:, 1:].transpose(0, 3, 1, 2)}, r"looks like \(N, C, H, W\)"),
+        ({"test_x": lambda x: x[..., :2]}, "test_x has 2 channels, .* mean has 3 entries"),
+        ({"test_x": lambda x: x[:, :8]}, r"train with are \(16, 16, 3\), .*\(8, 16, 3\)"),
+        ({"train_x": lambda x: x[:0]}, "train_x holds no images"),
+        ({"test_x": lambda x: x[:0]}, "test_x holds no images"),
+        ({"train_y": lambda y: np.eye(4, dtype=int)[y]}, r"one-hot: .*train_y\.argmax\(axis=1\)"),
+        ({"train_y": lambda y: y[:, None]}, r"train_y has shape \(12, 1\): labels are \(N,\)"),
+        ({"train_y": lambda y: y * 1.0}, "train_y holds float64: labels are integers"),
+        ({"train_y": list}, "train_y must be a NumPy array of integers, not list"),
+        ({"train_y": lambda y: y[:-1]}, "train_y has 11 labels for 12 images"),
+        ({"test_y": lambda y: y + 1}, "test_y holds 4: 4 classes are numbered from 0 to 3"),
+        ({"test_y": lambda y: y - 1}, "test_y holds -1: 4 classes are numbered from 0 to 3"),
+        ({"classes": len}, "classes are the names of the classes, a tuple, not 4"),
+        ({"mean": lambda m: 0.5}, "mean and std are tuples with a number for each channel"),
+        ({"std": lambda s: s[:2]}, "std needs a positive number for each of the 3 channels"),
+        ({"std": lambda s: (0.25, 0.0, 0.25)}, "take 1 for a channel that never changes"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_its_cause(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        Dataset(**parts(**changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_statistics_of_images_with_channels_first_do_not_hide_them() -> None:
+    """The mean has as many entries as a row has pixels then."""
+    changes = {f"{part}_x": lambda x: x.transpose(0, 3, 1, 2) for part in ("train", "test")}
+    statistics = {"mean": lambda m: (0.5,) * WIDTH, "std": lambda s: (0.25,) * WIDTH}
+    with pytest.raises(UserError, match=r"looks like \(N, C, H, W\)"):
+        Dataset(**parts(**changes, **statistics))
+
+
+def test_images_in_floats_are_not_normalised_again() -> None:
+    data = Dataset(**parts())
+    with pytest.raises(UserError, match=r"images holds float64: .*\(255 \* images\)"):
+        normalise(data.train_x / 255, data, np.float32)

@@ -420,8 +420,10 @@ def test_patches_and_their_noise() -> None:
         images[1, 2, 3] @ [0.299, 0.587, 0.114] / 255, rel=1e-5
     )
     np.testing.assert_allclose(luminance(images[..., :1]), images[..., :1] / 255, rtol=1e-6)
+    digits, x = lab.load("digits"), np.tile(images, (32, 1, 1, 1))
+    y = np.zeros(len(x), int)
     task = Denoising(
-        dataclasses.replace(lab.load("digits"), train_x=np.tile(images, (32, 1, 1, 1)))
+        lab.Dataset("two", x, y, x, y, digits.classes, digits.mean * 3, digits.std * 3)
     )
     task.patch = 4
     x, clean = next(task.batches(rng))
@@ -468,7 +470,12 @@ def test_every_experiment_can_be_searched() -> None:
         shape = {"mnist": (14, 14, 1), "cifar10": (32, 32, 3)}.get(experiment.dataset, (8, 8, 1))
         count = experiment.images or (50_000 if experiment.dataset == "cifar10" else 1437)
         nothing = np.broadcast_to(np.zeros((), np.uint8), (count, *shape))
-        data = dataclasses.replace(lab.load("digits"), train_x=nothing)
+        labels, channels = np.zeros(count, int), shape[-1]
+        digits = lab.load("digits")
+        statistics = digits.mean * channels, digits.std * channels
+        data = lab.Dataset(
+            *("black", nothing, labels, nothing, labels, digits.classes), *statistics
+        )
         task = experiment.task(data, **dict(experiment.options))
         run, found = dhp_runs.begin(experiment, task, Settings(experiment.targets[0]), seed=0)
         assert 0 < run.l1 * run.lr * steps_of(experiment.search, task) < 5, name

@@ -68,7 +68,7 @@ def gateable(net: Module) -> int:
 
 def _why_not_one_image(net: Module, image: tuple[int, ...]) -> str | None:
     """What a training step with a batch of one image runs into; None if nothing."""
-    net = copy.deepcopy(net).train()  # a step changes the running statistics
+    net = copy.deepcopy(net)  # a step changes the running statistics
     like = net.parameters()[0]
     try:
         with no_grad():

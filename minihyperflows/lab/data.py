@@ -50,6 +50,10 @@ class Dataset:
 
     Every pixel is a uint8 from 0 to 255, so that scale is the same for all data sets. `mean` and
     `std` are the training set's, one a channel, of pixels divided by 255.
+
+    Raises UserError, one sentence that names the cause, for arrays that do not fit this: floats
+    (they are not converted, since whether 0.5 is half of white or nearly black is not known),
+    channels first, labels that are one-hot, missing or not below the number of classes, no images.
     """
 
     name: str
@@ -60,6 +64,96 @@ class Dataset:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.classes, list | tuple) or not self.classes:
+            raise UserError(f"classes are the names of the classes, a tuple, not {self.classes!r}")
+        if not all(
+            isinstance(values, list | tuple | np.ndarray) for values in (self.mean, self.std)
+        ):
+            raise UserError("mean and std are tuples with a number for each channel")
+        for part in ("train", "test"):
+            images, labels = getattr(self, f"{part}_x"), getattr(self, f"{part}_y")
+            check_images(f"{part}_x", images, len(self.mean))
+            check_labels(f"{part}_y", labels, len(images), len(self.classes))
+        if self.train_x.shape[1:] != self.test_x.shape[1:]:
+            raise UserError(
+                f"the images to train with are {self.train_x.shape[1:]}, those to test with "
+                f"{self.test_x.shape[1:]}: (H, W, C) must be the same"
+            )
+        if len(self.mean) != len(self.std) or not all(0 < s < math.inf for s in self.std):
+            raise UserError(
+                f"std needs a positive number for each of the {len(self.mean)} channels, "
+                f"not {self.std}: take 1 for a channel that never changes"
+            )
+
+
+def check_images(name: str, images: Pixels, channels: int) -> None:
+    """Raise UserError, calling them `name`, unless these are images (N, H, W, channels) of uint8.
+
+    Square images whose first axis after N is 1 or 3 long, with more channels than that, are taken
+    for (N, C, H, W), even if they have the right number of channels by that accident.
+    """
+    require_pixels(name, images)
+    shape = images.shape
+    if len(shape) == 3:
+        raise UserError(
+            f"{name} has shape {shape}, without channels: write {name}[..., np.newaxis]"
+        )
+    if len(shape) != 4:
+        raise UserError(f"{name} has shape {shape}: images are (N, H, W, C)")
+    if 0 in shape:
+        raise UserError(f"{name} holds no images, or empty ones: its shape is {shape}")
+    first = shape[1] in (1, 3) and shape[2] == shape[3] > 4
+    if first or shape[3] != channels == shape[1]:
+        raise UserError(
+            f"{name} has shape {shape}, which looks like (N, C, H, W): here channels come last, "
+            f"{name}.transpose(0, 2, 3, 1)"
+        )
+    if shape[3] != channels:
+        raise UserError(
+            f"{name} has {shape[3]} channels, its shape being {shape}, and mean has {channels} "
+            "entries: one for each channel"
+        )
+
+
+def require_pixels(name: str, images: Pixels) -> None:
+    """Raise UserError, calling them `name`, unless these are pixels from 0 to 255, of uint8."""
+    if not isinstance(images, np.ndarray):
+        raise UserError(f"{name} must be a NumPy array of uint8, not {type(images).__name__}")
+    if images.dtype != np.uint8:
+        hint = "convert them"
+        if images.dtype.kind == "f" and images.size:
+            low, high = float(images.min()), float(images.max())
+            hint = f"these lie between {low:.3g} and {high:.3g}"
+            if low >= 0 and high <= 1:
+                hint += f": write (255 * {name}).round().astype(np.uint8)"
+        raise UserError(
+            f"{name} holds {images.dtype}: pixels are uint8 from 0 to 255, which normalise divides "
+            f"by 255; {hint}"
+        )
+
+
+def check_labels(name: str, labels: Labels, images: int, classes: int) -> None:
+    """Raise UserError, calling them `name`, unless these are (images,) integers below classes."""
+    if not isinstance(labels, np.ndarray):
+        raise UserError(f"{name} must be a NumPy array of integers, not {type(labels).__name__}")
+    if labels.ndim == 2 and labels.shape[1] == classes > 1:
+        raise UserError(
+            f"{name} has shape {labels.shape}, which looks one-hot: labels are the numbers of the "
+            f"classes, {name}.argmax(axis=1)"
+        )
+    if labels.ndim != 1:
+        raise UserError(f"{name} has shape {labels.shape}: labels are (N,), one for each image")
+    if labels.dtype.kind not in "iu":
+        raise UserError(f"{name} holds {labels.dtype}: labels are integers, the numbers of classes")
+    if len(labels) != images:
+        raise UserError(f"{name} has {len(labels):,} labels for {images:,} images")
+    if labels.min() < 0 or labels.max() >= classes:
+        wrong = labels.min() if labels.min() < 0 else labels.max()
+        raise UserError(
+            f"{name} holds {wrong}: {classes} classes are numbered from 0 to {classes - 1}"
+        )
 
 
 def load(name: str, root: str | os.PathLike[str] | None = None) -> Dataset:
@@ -85,7 +179,10 @@ def normalise(images: Pixels, data: Dataset, dtype: DTypeLike) -> NDArray:
 
     It works on whole rows of pixels, (N * H, W * C), with mean and std repeated for each pixel of
     a row: NumPy is five times as fast on rows of 96 numbers as on pixels of 3.
+
+    Raises UserError for images that are not uint8: those in [0, 1] would be divided by 255 again.
     """
+    require_pixels("images", images)
     width, channels = images.shape[-2:]
     rows = images.reshape(-1, width * channels).astype(dtype)
     rows /= 255
