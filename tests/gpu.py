@@ -15,7 +15,7 @@ needs_gpu = pytest.mark.skipif(not mh.cuda_available(), reason="needs CuPy and a
 @pytest.fixture(
     params=[
         pytest.param("emulated", marks=needs_compiler),
-        pytest.param("emulated, blocks backwards", marks=needs_compiler),
+        pytest.param("emulated, blocks backwards", marks=[needs_compiler, pytest.mark.slow]),
         pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu]),
     ]
 )

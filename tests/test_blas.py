@@ -322,6 +322,7 @@ def test_the_tests_compute_on_one_thread_unless_told_otherwise():
     assert int(os.environ["OPENBLAS_NUM_THREADS"]) >= AT_FIRST
 
 
+@pytest.mark.slow
 @needs_blas
 def test_the_kernels_of_the_chapters():
     """They all import ``figures``, after which NumPy multiplies on one thread."""

@@ -194,8 +194,8 @@ def network(name: str, rng: np.random.Generator) -> tuple[nn.Module, tuple[int, 
     return getattr(models, name)(width=width, **options), IMAGE
 
 
-SMALL = ["lenet300", "flatten", "vgg13", "resnet20", "mobilenet_v1"]
-NETWORKS = [*SMALL, *large("resnet50", "mobilenet_v2")]
+SMALL = ["lenet300", "flatten", "vgg13", "resnet20"]
+NETWORKS = [*SMALL, *large("resnet50", "mobilenet_v1", "mobilenet_v2")]
 
 
 def unsettle(net: nn.Module, rng: np.random.Generator) -> None:

@@ -45,6 +45,7 @@ def one_round(monkeypatch):
 # -- is it right? --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_operations_are_right(emulator):
     checks = list(gpu_correctness.check_operations())
@@ -63,6 +64,7 @@ def test_every_operation_has_a_case():
                 assert value in {Function, *known}, f"gpu_correctness has no case for {value}"
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("network", ["lenet300", "vgg19", "resnet20"])
 def test_training_steps_are_right(emulator, network):

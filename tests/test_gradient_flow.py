@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lanes import large
 
 from minihyperflows import functional as F
 from minihyperflows import nn
@@ -105,7 +106,7 @@ def test_the_integrator_is_of_order_four(rng: np.random.Generator) -> None:
 # -- rates, at points along a flow -----------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["tanh", "relu", "conv", "tanh with weight decay"])
+@pytest.fixture(scope="module", params=["tanh", "relu", *large("conv"), "tanh with weight decay"])
 def flow(request: pytest.FixtureRequest) -> tuple[Landscape, list[np.ndarray]]:
     """A landscape and some points along the flow through it."""
     kind, _, decay = request.param.partition(" ")

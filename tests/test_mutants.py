@@ -482,8 +482,8 @@ class AdamThatForgets(optim.Adam):
         (AdamWithoutCorrection, "after step 1"),
         (AdamWithEpsilonInside, "after step 1"),
         (AdamThatScalesTheGradient, "must not change"),
-        (AdamThatDecaysTheUntouched, "has no gradient"),
-        (AdamThatKeepsGradients, "zero_grad"),
+        *large((AdamThatDecaysTheUntouched, "has no gradient")),
+        *large((AdamThatKeepsGradients, "zero_grad")),
         *large((lambda params: AdamThatForgets(params, lr=0.01), "after loading")),
     ],
 )

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lanes import large
 
 from minihyperflows import ShapeError, Tensor, nn, optim, testing
 from minihyperflows.engine.threads import BLOCK
@@ -28,7 +27,8 @@ ADAM: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", [*large(*SGD[:-1]), SGD[-1]], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", SGD, ids=str)
 def test_sgd_follows_its_rule(options: dict[str, Any]) -> None:
     def rule(theta: np.ndarray, gradient: np.ndarray, velocity: Any, step: int) -> Any:
         return sgd_rule(theta, gradient, velocity, lr=0.1, **options)

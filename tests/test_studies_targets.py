@@ -38,6 +38,7 @@ def test_a_row_has_the_scheduler_s_error_and_the_landing(tmp_path: Path) -> None
     assert {"commit", "date", "device", "dtype", "numpy"} <= row.keys()
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_repeated(tmp_path: Path) -> None:
     out = tmp_path / "targets.csv"
     name = ("perceptron",)

@@ -199,6 +199,7 @@ def test_a_run_that_fails_leaves_the_others_alone(here, tmp_path, monkeypatch, c
     assert len(here) == 5
 
 
+@pytest.mark.slow
 def test_another_sweep_in_the_folder_is_refused(here, tmp_path):
     run_sweep(RECIPE, (1,), tmp_path / "s", progress=False)
     other = dataclasses.replace(RECIPE, batch_size=64)
@@ -216,6 +217,7 @@ def attempt_at(folder, **changes):
     return Attempt(recipe=RECIPE.with_gamma(1), folder=folder, seed=0, **changes)
 
 
+@pytest.mark.slow
 def test_an_attempt_stops_when_the_folder_is_taken_over(tmp_path, monkeypatch):
     """Before it saves anything of the epoch."""
     monkeypatch.setattr(runs, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
@@ -487,6 +489,7 @@ def test_an_out_that_is_a_file(here, tmp_path, capsys):
     assert "error: cannot make the folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command(here, tmp_path, capsys):
     out = str(tmp_path / "s")
     command = ["sweep", "lenet300-digits-gamma", "--gammas", "2^-1:2^1:2", "--epochs-scale", "0.02"]

@@ -5,6 +5,7 @@ import inspect
 
 import numpy as np
 import pytest
+from lanes import large
 
 from minihyperflows import functional as F
 from minihyperflows import models
@@ -35,7 +36,7 @@ def relative_error(found, expected):
     return np.abs(found - expected).max() / np.abs(expected).max()
 
 
-NETWORKS = ["lenet300", "vgg19", "resnet20", "resnet50"]
+NETWORKS = ["lenet300", "vgg19", *large("resnet20", "resnet50")]
 
 
 def load(twin, net):
