@@ -3,10 +3,14 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
-from minihyperflows.lab import RECIPES, Recipe, UserError
-from minihyperflows.lab.recipes import PressureSettings, find
+from minihyperflows import lab
+from minihyperflows.lab import RECIPES, Recipe, UserError, runs
+from minihyperflows.lab.checks import require_usable
+from minihyperflows.lab.data import IMAGES
+from minihyperflows.lab.recipes import PressureSettings, fields_with_ranges, find, flat
 from minihyperflows.lab.runs import command_for
 
 
@@ -188,3 +192,161 @@ def test_the_command_that_repeats_a_run(recipe, options):
 
 def test_a_recipe_that_is_not_listed_has_no_command():
     assert command_for(cifar(name="mine"), 0, "cpu").startswith("lab.run(recipe")
+
+
+# -- checked whole ---------------------------------------------------------------------------------
+
+# The smallest bad value on either side of each field's range, and one of another kind.
+WRONG = {
+    "name": ["", "a/b", 3],
+    "model": ["VGG", "models", "", 3],
+    "dataset": ["cifar", 3],
+    "batch_size": [0, -1, 1.5, True, "32"],
+    "augment": [0, "yes"],
+    "dtype": ["float16", "complex64", "int8", "O", 32],
+    "gpu_dtype": ["float64", "bfloat16"],
+    "target_sparsity": [0, 1, -0.1, 98, float("nan"), "0.5"],
+    "deviations": ["text", [1]],
+    "dense.epochs": [-1, 1.5, True, 10**7],
+    "pruning.epochs": [0, -1],
+    "dense.lr": [-1e-9, float("inf"), 1e39, "1e-3", None],
+    "dense.end_lr": [-1],
+    "dense.schedule": ["linear"],
+    "dense.optimizer": ["adamw"],
+    "dense.momentum": [-0.1, 1],
+    "dense.nesterov": [1],
+    "dense.weight_decay": [-1e-9],
+    "dense.label_smoothing": [-0.1, 1.1],
+    "regrowth.share": [-0.1, 1],
+    "regrowth.lr_scale": [-1],
+    "regrowth.lr_decay": [-0.1, 1.1],
+    "regrowth.freeze_after": [-1],
+    "presence.init": [0.1, [0.1], [0.1, 0.2, 0.3], [0.2, 0.1], [0, float("inf")], ["a", "b"]],
+    "pressure.step": [0, -0.1],
+    "pressure.exponent": [0, -1],
+    "pressure.aggressivity": [-1, 1001],
+    "pressure.floor": [float("nan"), "low"],
+    "pressure.gamma": [-1, float("inf")],
+    "pressure.updates_per_epoch": [0, 10**5],
+    "model_options.width": [0.5],  # LeNet-300 has no options
+    "model_options.num_classes": [5],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, vs in WRONG.items() for v in vs])
+def test_what_a_field_may_not_be(name, value):
+    with pytest.raises(UserError) as error:
+        RECIPES["lenet300-digits"].with_fields({name: value})
+    assert name.split(".")[-1] in str(error.value)
+    assert ";" not in str(error.value)
+
+
+def test_all_mistakes_are_told_at_once():
+    fields = {"batch_size": 0, "dense.lr": -1, "model": "VGG", "pressure.step": 0, "nonsense": 1}
+    with pytest.raises(UserError) as error:
+        RECIPES["lenet300-digits"].with_fields(fields)
+    wrong = str(error.value)
+    assert wrong.count("; ") == 5  # one inside the list of known fields
+    for name in ("batch_size", "dense.lr", "model is", "pressure.step", "no field 'nonsense'"):
+        assert name in wrong
+
+
+def test_every_field_has_a_range_and_the_recipes_are_in_them():
+    words = fields_with_ranges()
+    for recipe in RECIPES.values():
+        names = {name.split("model_options.")[0] for name in flat(recipe.to_json())} - {""}
+        assert names - {"model_options"} == set(words) - {"model_options"}
+        assert recipe.with_fields({}) == recipe
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"authors_timeline": True, "regrowth.epochs": 0}, "authors_timeline takes an epoch"),
+        ({"target_sparsity": 1 - 2**-53, "regrowth.share": 0.9}, "leaves nothing of any network"),
+        ({"dense.optimizer": "sgd", "dense.nesterov": True, "dense.momentum": 0}, "needs a dense"),
+        ({"pressure.exponent": 1000}, "passes the largest float32"),
+        ({"pressure.exponent": 1e30}, "passes the largest float32"),
+        ({"pressure.updates_per_epoch": 10_000, "pruning.epochs": 101}, "not 1,010,000"),
+        ({"pressure.gamma": None, "target_sparsity": None}, "needs a target_sparsity"),
+    ],
+)
+def test_fields_that_contradict_each_other(fields, words):
+    with pytest.raises(UserError, match=words):
+        RECIPES["lenet300-digits"].with_fields(fields)
+
+
+@pytest.mark.parametrize("factor", [0, -1, float("nan"), float("inf"), "2", 1e9])
+def test_what_epochs_are_not_scaled_by(factor):
+    with pytest.raises(UserError):
+        RECIPES["lenet300-digits"].scaled(factor)
+
+
+def test_numbers_of_numpy_are_numbers():
+    recipe = RECIPES["lenet300-digits"]
+    changed = recipe.with_target(np.float32(0.9)).with_fields(
+        {
+            "batch_size": np.int64(64),
+            "presence.init": np.array([0.1, 0.2]),
+            "augment": np.bool_(True),
+            "dense.lr": np.float64(0.01),
+        }
+    )
+    values = json.loads(json.dumps(changed.to_json()))
+    assert values["target_sparsity"] == float(np.float32(0.9))
+    assert (changed.batch_size, changed.presence.init, changed.augment) == (64, (0.1, 0.2), True)
+    assert type(changed.batch_size) is int
+    assert type(changed.target_sparsity) is float
+    assert type(dataclasses.replace(recipe, batch_size=np.int8(3)).batch_size) is int
+    assert recipe.with_gamma(np.float64(2)).pressure.gamma == 2
+    assert recipe.scaled(np.float32(0.5)) == recipe.scaled(0.5)
+
+
+def with_model(model, dataset="shapes32", **options):
+    return dataclasses.replace(
+        RECIPES["vgg19-small-shapes32"], model=model, dataset=dataset, model_options=options
+    )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        (with_model("VGG"), "model is 'lenet300', .*, not 'VGG'"),
+        (with_model("vgg19", dataset="cats"), "dataset is 'digits', .*, not 'cats'"),
+        (with_model("resnet"), "resnet needs model_options.depth"),
+        (with_model("resnet", depth=21), "there is no ResNet-21"),
+        (with_model("vgg19", width=0), "width must be positive"),
+        (with_model("vgg19", width="wide"), "model_options.width is a finite number"),
+        (with_model("vgg19", stem_stride=3), "stem_stride must be 1 or 2"),
+        (with_model("vgg19", colour=3), "vgg19 has no option 'colour', but width, stem_stride"),
+        (with_model("vgg19", rng=3), "the rest of the recipe decides it"),
+        (
+            with_model("vgg19", "digits", width=0.05),
+            r"cannot read the images of digits \(8 x 8 x 1",
+        ),
+        (with_model("lenet300").with_target(0.999999999), r"leaves none of the 952,600 weights"),
+        (
+            dataclasses.replace(with_model("vgg19", width=0.05, stem_stride=2), batch_size=1111),
+            "the last of 10,000 images are a batch of one",
+        ),
+    ],
+)
+def test_what_would_end_a_run_is_found_before_data_are_read(recipe, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "load", None)
+    with pytest.raises(UserError, match=words):
+        lab.run(recipe, tmp_path / "run", progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_is_known_of_data_sets_fits_the_recipes(name):
+    recipe = RECIPES[name]
+    if recipe.model_options or recipe.model == "lenet300":
+        require_usable(recipe)
+
+
+@pytest.mark.parametrize("name", ["digits", "shapes32"])
+def test_what_is_known_of_data_sets_is_so(name):
+    data, known = lab.load(name), IMAGES[name]
+    assert data.train_x.shape == (known.train, *known.shape)
+    assert len(data.classes) == known.classes

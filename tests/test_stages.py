@@ -2,13 +2,14 @@
 
 import itertools
 import re
+import warnings
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minihyperflows import flows, models, nn
+from minihyperflows import DoubtfulResultWarning, flows, models, nn
 from minihyperflows.flows.stages import Timeline, _smallest, kept_weights, land
 
 
@@ -182,3 +183,17 @@ def test_landing_needs_gates_and_numbers():
     flows.detach(net)
     with pytest.raises(ValueError, match="no gates: attach them first"):
         land(net, 0.5)
+
+
+@pytest.mark.parametrize("target", [0.39, 0.4, 0.6, 0.61])
+def test_a_landing_that_moves_more_than_a_tenth_is_doubtful(target):
+    net = nn.Sequential(nn.Linear(100, 10, rng=np.random.default_rng(0)))
+    flows.attach(net, rng=np.random.default_rng(1))
+    (t,) = flows.presences(net).values()
+    t.data[...] = np.linspace(-1, 1, 1000, dtype=np.float32).reshape(t.shape)  # a half is present
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        moved = land(net, target)
+    how = "brought back 110" if moved > 0 else "removed 110"
+    assert [how in str(w.message) for w in told] == [True] * (abs(moved) > 100)
+    assert all(w.category is DoubtfulResultWarning and w.filename == __file__ for w in told)

@@ -106,6 +106,8 @@ def test_gammas(text, gammas):
     [
         *((text, "is no gamma") for text in ("", "a", "1,,2", "-1", "2^", "2^2^2", "nan", "inf")),
         *((text, "is no gamma") for text in ("-2^0.5", "0^-1", "10^999", "1:b")),
+        ("1e-40", "too small a gamma"),
+        ("1:1e308:1e-9", "more than 100,000 gammas"),
         ("2:1", "must go up"),
         ("0:1", "must go up"),
         ("1:4:0", "must go up"),

@@ -5,7 +5,16 @@ import dataclasses
 import numpy as np
 import pytest
 
-from minihyperflows import NonFiniteLossError, ShapeError, flows, lab, models, nn
+from minihyperflows import (
+    DoubtfulResultWarning,
+    NonFiniteLossError,
+    ShapeError,
+    flows,
+    lab,
+    models,
+    nn,
+)
+from minihyperflows.lab import UserError
 from minihyperflows.lab.recipes import PresenceTraining, PressureSettings, Regrowth, WeightTraining
 from minihyperflows.lab.train import trainable
 
@@ -261,3 +270,45 @@ def test_a_frozen_batch_norm_takes_a_batch_of_one(data):
         lab.Trainer(net, data, recipe, rng)
     net[1].eval()
     assert lab.Trainer(net, data, recipe, rng).run_epoch().epoch == 1
+
+
+# -- what goes wrong quietly -----------------------------------------------------------------------
+
+
+def test_a_landing_from_afar_is_warned_of(data):
+    recipe = change(TINY, pruning={"epochs": 1}, dense={"epochs": 0}, regrowth={"epochs": 1})
+    trainer = new_trainer(recipe, data)
+    trainer.run_epoch()
+    with pytest.warns(DoubtfulResultWarning, match=r"landing removed [\d,]+ of 50,200 weights"):
+        trainer.run_epoch()
+    (kept,) = trainer.warnings
+    assert kept.startswith(f"landing removed {-trainer.landed_by:,} of")
+    again = new_trainer(recipe, data)
+    again.load_state_dict(*trainer.state_dict())
+    assert again.warnings == trainer.warnings
+
+
+@pytest.mark.filterwarnings("ignore:landing")
+def test_targets_that_leave_a_layer_empty(data):
+    recipe = change(TINY, pruning={"epochs": 1}, dense={"epochs": 0}, regrowth={"epochs": 1})
+    recipe = recipe.with_target(1 - 2.5 / 50_200)
+    with pytest.warns(DoubtfulResultWarning, match="leaves 2 weights for 3 layers"):
+        trainer = new_trainer(recipe, data)
+    trainer.run_epoch()
+    with pytest.warns(DoubtfulResultWarning, match="no weight is left in fc"):
+        trainer.run_epoch()
+    assert len(trainer.warnings) == 3
+    with pytest.raises(UserError, match="leaves none of the 50,200 weights"):
+        new_trainer(recipe.with_target(1 - 0.5 / 50_200), data)
+
+
+def test_a_batch_of_one_image(data):
+    """Batch norm over maps of one pixel has one value a channel then, and no variance."""
+    recipe = dataclasses.replace(lab.RECIPES["vgg19-small-shapes32"], batch_size=7)
+    shapes, rng = lab.make_shapes32(train=8, test=4), np.random.default_rng(0)
+    net = lab.build_network(recipe, shapes, rng)
+    before = net.state_dict()
+    with pytest.raises(UserError, match="the last of 8 images are a batch of one"):
+        lab.Trainer(net, shapes, recipe, rng)
+    assert all((net.state_dict()[name] == value).all() for name, value in before.items())
+    new_trainer(dataclasses.replace(TINY, batch_size=1), data)  # no batch norm: it may

@@ -196,8 +196,13 @@ _NO_READER = {errno.EPIPE, errno.EINVAL} if os.name == "nt" else {errno.EPIPE}
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line, like all others."""
+    """A parser whose complaints are a user's errors like all others."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        if any("\0" in word for word in words):  # no name of a file can have one
+            self.error("there is a NUL character in the command line")
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
-        words = " ".join(message.splitlines())
-        self.exit(WRONG, f"error: {words} (see {self.prog} --help)\n")
+        raise UserError(f"{message} (see {self.prog} --help)")

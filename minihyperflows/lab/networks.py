@@ -28,8 +28,8 @@ DECIDED = ("num_classes", "in_features", "rng", "dtype")
 
 def unknown_names(model: str, dataset: str, options: Mapping[str, Any]) -> Iterator[str]:
     """A sentence for each name that a recipe uses and nothing has, and for options out of range."""
-    if not (isinstance(dataset, str) and isinstance(model, str)):
-        return  # their ranges say so
+    if not (ranges.text().holds(dataset) and ranges.text().holds(model)):
+        return  # that is said already
     if dataset not in NAMES:
         yield f"dataset is {ranges.either(NAMES)}, not {ranges.shown(dataset)}"
     if model not in MODELS:
@@ -40,8 +40,7 @@ def unknown_names(model: str, dataset: str, options: Mapping[str, Any]) -> Itera
         if name in DECIDED:
             yield f"model_options.{name} cannot be set: the rest of the recipe decides it"
         elif name not in known:
-            names = f"it has {', '.join(known)}" if known else "it has none"
-            yield f"{model} has no option {name!r}; {names}"
+            yield f"{model} has no option {name!r}, but {', '.join(known) or 'none'}"
         elif wrong := ranges.mistake(f"model_options.{name}", known[name], value):
             yield wrong
     for name in ranges.needed_by(MODELS[model]):

@@ -168,7 +168,13 @@ def mistake(name: str, range_: Range, value: Any) -> str | None:
     """What is wrong with ``value`` for the setting ``name``; None if nothing is."""
     if range_.holds(plain(value)):
         return None
-    return f"{name} is {range_.words}, not {shown(value)}"
+    end = f" (float32 ends at {LARGEST:.3g})" if _is_too_large(plain(value)) else ""
+    return f"{name} is {range_.words}, not {shown(value)}{end}"
+
+
+def _is_too_large(value: Any) -> bool:
+    """Whether ``value`` is a number that only float64 has room for."""
+    return isinstance(value, float) and math.isfinite(value) and not is_finite(value)
 
 
 def shown(value: Any) -> str:

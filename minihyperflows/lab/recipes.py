@@ -322,16 +322,10 @@ class Recipe(Settings):
                 f"the epochs can only be scaled by a positive factor, not {shown(factor)}"
             )
 
-        def longer(stage: Any) -> Any:
-            epochs = max(1, round(stage.epochs * factor)) if stage.epochs else 0
-            return dataclasses.replace(stage, epochs=epochs)
-
-        return dataclasses.replace(
-            self,
-            dense=longer(self.dense),
-            pruning=longer(self.pruning),
-            regrowth=longer(self.regrowth),
-        )
+        timed = {"dense": self.dense.epochs, "pruning": self.pruning.epochs}
+        timed["regrowth"] = self.regrowth.epochs
+        longer = {f"{name}.epochs": max(1, round(n * factor)) for name, n in timed.items() if n}
+        return self.with_fields(longer)
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as plain JSON types."""

@@ -44,6 +44,7 @@ from minihyperflows.lab.workers import (
     supervise,
 )
 
+SMALLEST = float(np.finfo(np.float32).tiny)  # a gamma above 0
 MOST_RUNS = 100_000  # of a sweep: more is a slip, which would take hours to be noticed
 
 # -- gammas --------------------------------------------------------------------------------------
@@ -90,6 +91,8 @@ def _parse_value(text: str) -> float:
         value, exponents = math.nan, []
     if len(exponents) > 1 or isinstance(value, complex) or not 0 <= value < math.inf:
         raise UserError(f"{text.strip()!r} is no gamma: write a number from 0 on, or a power, 2^-6")
+    if 0 < value < SMALLEST:
+        raise UserError(f"{text.strip()!r} is too small a gamma: float32 begins at {SMALLEST:.3g}")
     return value
 
 
