@@ -190,6 +190,7 @@ def few_digits(monkeypatch):
         few = {"digits": small, "shapes32": lab.make_shapes32(train=20, test=10)}
         return few[name] if name in few else load(name, root)
 
+    monkeypatch.setenv("MINIHYPERFLOWS_DATA", "nowhere")
     monkeypatch.setattr(runs, "load", load_few)
     monkeypatch.setattr(sweep, "load", load_few)
     monkeypatch.setattr(Trainer, "run_epoch", three_epochs)
