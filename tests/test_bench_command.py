@@ -95,7 +95,7 @@ def test_beside_pytorch():
     ("arguments", "words"),
     [
         (["alexnet"], ["unknown network 'alexnet'", "lenet300, vgg19, resnet50"]),
-        (["--rounds", "0"], ["rounds must be a positive number", "0"]),
+        (["--rounds", "0"], ["--rounds: it is a whole number from 1"]),
         (["--batch", "-1"], ["batch"]),
         (["--width", "nan"], ["width"]),
         (["--threads", "0"], ["threads"]),

@@ -202,7 +202,7 @@ def test_a_study_ends_like_a_command(tmp_path):
 
 
 @posix
-@pytest.mark.parametrize("name", ["Grün", "数据", "a b'c", "\udcff"])
+@pytest.mark.parametrize("name", ["Grün 数据", "\udcff"])
 def test_any_name_under_an_ascii_locale(name, tmp_path):
     folder = os.fsencode(tmp_path) + b"/" + os.fsencode(name)
     command = [sys.executable, "-m", "minihyperflows", "prune", *SHORT.split(), "--out", folder]

@@ -64,8 +64,10 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         read_records(tmp_path / "a.csv")
     with pytest.raises(UserError, match="cannot read"):
         read_records(tmp_path)
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="it is a folder"):
         records_so_far(tmp_path)
+    with pytest.raises(UserError, match=r"cannot write .*x: "):
+        records_so_far(tmp_path / ("x" * 300))
 
 
 def test_the_first_run_needs_no_file_but_a_folder(tmp_path: Path) -> None:

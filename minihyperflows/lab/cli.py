@@ -196,7 +196,9 @@ def _add_bench(commands: Any) -> None:
         "--threads", type=_count, metavar="N", help="default 2, or 1 on a single core"
     )
     bench.add_argument("--no-torch", action="store_false", dest="torch", help="ours alone")
-    bench.add_argument("--json", type=Path, metavar="FILE", help="write the record, samples too")
+    bench.add_argument(
+        "--json", type=named_path, metavar="FILE", help="write the record, samples too"
+    )
     bench.set_defaults(command=bench_networks, after_interrupt="run it again for the whole table")
 
 

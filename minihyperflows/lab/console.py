@@ -29,11 +29,12 @@ from minihyperflows.lab.errors import UserError
 DONE, WRONG, INTERRUPTED = 0, 2, 130
 
 
-def run_command(work: Callable[[], object], after_interrupt: Callable[[], str]) -> int:
+def run_command(work: Callable[[], int | None], after_interrupt: Callable[[], str]) -> int:
     """Do ``work`` and return the exit status; an error is told in one line.
 
     Args:
-        work: what the command does. It may raise SystemExit, as argparse does.
+        work: what the command does; it returns a status other than 0 if it has one, and may raise
+            SystemExit, as argparse does.
         after_interrupt: what to say, after "interrupted:", to somebody who pressed Ctrl-C.
     """
     with _standard_streams() as output:
@@ -50,10 +51,10 @@ def run_command(work: Callable[[], object], after_interrupt: Callable[[], str]) 
         return status
 
 
-def _status_of(work: Callable[[], object], after_interrupt: Callable[[], str]) -> int:
+def _status_of(work: Callable[[], int | None], after_interrupt: Callable[[], str]) -> int:
     try:
         with _warnings_in_a_line():
-            work()
+            return work() or DONE
     except (UserError, DeviceError, NonFiniteLossError) as error:
         return _complain(error)
     except MemoryError as error:
@@ -65,7 +66,6 @@ def _status_of(work: Callable[[], object], after_interrupt: Callable[[], str]) -
     except KeyboardInterrupt:
         _say(f"interrupted: {after_interrupt()}")
         return INTERRUPTED
-    return DONE
 
 
 def _complain(problem: object) -> int:

@@ -17,10 +17,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from minihyperflows.engine import DeviceError
 from minihyperflows.engine.backend import require_gpu
 from minihyperflows.lab.bench_table import gpu_table
 from minihyperflows.lab.checkpoint import write_json
+from minihyperflows.lab.console import Parser, run_command
 from minihyperflows.lab.emulator import CompilerMissingError, emulated_gpu
 from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.gpu_bench import (
@@ -54,19 +54,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts that are asked for.
 
     Returns:
-        The exit status: 0; 1 if a check or a whole part failed; 2 without a GPU.
+        The exit status: 0; 1 if a check or a whole part failed; 2 without a GPU; 130 if interrupted.
     """
-    options = _parser().parse_args(arguments)
+    return run_command(
+        lambda: _check(_parser().parse_args(arguments)),
+        lambda: "what was found is printed above, and recorded",
+    )
+
+
+def _check(options: argparse.Namespace) -> int:
     try:
         with emulated_gpu() if options.emulate else nullcontext():
             return Report(options).run()
-    except (UserError, DeviceError, CompilerMissingError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except CompilerMissingError as error:
+        raise UserError(str(error)) from error
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m minihyperflows.lab.gpu_check",
         description="Check that a GPU computes what the CPU does, and measure how fast.",
     )

@@ -17,10 +17,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from minihyperflows.engine import DeviceError
 from minihyperflows.engine.backend import require_gpu
+from minihyperflows.lab.console import Parser, run_command
 from minihyperflows.lab.emulator import emulated_gpu
-from minihyperflows.lab.errors import OutOfTimeError, UserError
+from minihyperflows.lab.errors import OutOfTimeError
 from minihyperflows.lab.folders import RunFolder
 from minihyperflows.lab.locks import locked
 from minihyperflows.lab.packs import PART_BYTES, ROUNDED, pack, restore_dense, unpack
@@ -34,19 +34,18 @@ SECONDS_BETWEEN_CHECKPOINTS = 60.0  # they have 400 MB here, and take a second
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is not finished; the exit status: 0, also when the time is over, or 2."""
-    options = _parser().parse_args(arguments)
-    try:
+    """Run what is not finished; the exit status: 0, also when the time is over, 2 or 130."""
+
+    def work() -> None:
+        options = _parser().parse_args(arguments)
         with locked(options.out), emulated_gpu() if options.emulate else nullcontext():
             _run_all(options)
-    except (UserError, DeviceError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_command(work, lambda: "the same command goes on")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m minihyperflows.lab.gpu_runs",
         description="The paper's CIFAR-10 experiments on a GPU, in pieces of some minutes.",
     )

@@ -7,6 +7,7 @@ import functools
 import inspect
 import io
 import os
+import stat
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -221,9 +222,20 @@ def adds_to_table(function: Function) -> Function:
 
 
 def require_folder(path: Path) -> None:
-    """Raise UserError unless there is a folder to write ``path`` into."""
+    """Raise UserError unless there is a folder to write ``path`` into, and ``path`` can be a file.
+
+    To be called before the work whose results go there.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = None
+    except OSError as error:  # a name that is too long, for example
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     if not path.parent.is_dir():
         raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+    if mode is not None and stat.S_ISDIR(mode):
+        raise UserError(f"cannot write {path}: it is a folder")
 
 
 def records_so_far(path: Path, columns: Sequence[str] = ()) -> list[Row]:
