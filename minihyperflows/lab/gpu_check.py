@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts that are asked for.
 
     Returns:
-        The exit status: 0; 1 if a check or a whole part failed; 2 without a GPU; 130 if interrupted.
+        The exit status: 0; 1 if a check or a whole part failed; 2 without a GPU; 130, interrupted.
     """
     return run_command(
         lambda: _check(_parser().parse_args(arguments)),
