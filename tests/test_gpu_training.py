@@ -202,7 +202,7 @@ def test_other_weights_than_single_precision_are_refused(gpu, digits):
     double = dataclasses.replace(TINY, dtype="float64")
     with pytest.raises(lab.UserError, match="float64 weights: a GPU trains float32"):
         trainer_of(double, digits)
-    with pytest.raises(lab.UserError, match="float16 or float32, not in bfloat16"):
+    with pytest.raises(lab.UserError, match="'float16' or 'float32', not 'bfloat16'"):
         dataclasses.replace(TINY, gpu_dtype="bfloat16")
 
 

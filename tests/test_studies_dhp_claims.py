@@ -360,8 +360,8 @@ def test_on_a_gpu_the_same_happens(gpu: str) -> None:
     found = {}
     for device in ("cpu", "cuda"):
         task = experiment.load(device=device)
-        task.data = dataclasses.replace(task.data, test_x=task.data.test_x[:50])
-        task.data = dataclasses.replace(task.data, test_y=task.data.test_y[:50])
+        x, y = task.data.test_x[:50], task.data.test_y[:50]
+        task.data = dataclasses.replace(task.data, test_x=x, test_y=y)
         searched = dhp_runs.search(experiment, task, Settings(0.5, stops=False), seed=0)
         gap = dhp_runs.finish(searched, searched.network.kept(), experiment, task, seed=0)[1]
         found[device] = (searched.network.widths(), gap.full, gap.trained)
