@@ -88,6 +88,15 @@ def test_a_run_in_single_precision_is_that_of_the_cpu(gpu, digits):
 
 
 @pytest.mark.slow
+def test_evaluation_puts_every_mode_back(gpu, shapes):
+    trainer = trainer_of(VGG, shapes)
+    modules = [module for _, module in trainer.net.named_modules()]
+    modules[-1].eval()  # frozen by its user
+    modes = [module.training for module in modules]
+    assert 0 <= trainer.gpu.accuracy() <= 1
+    assert [module.training for module in modules] == modes
+
+
 @pytest.mark.parametrize("recipe", [TINY, VGG], ids=["lenet300", "vgg19, float16"])
 def test_one_seed_one_run_and_a_finished_network_is_an_ordinary_one(gpu, recipe, digits, shapes):
     data = digits if recipe is TINY else shapes

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from minihyperflows import Tensor, flows, nn, optim
+from minihyperflows import Tensor, flows, lab, nn, optim
 from minihyperflows import functional as F
 from minihyperflows.flows.flat import FlatTraining
 from minihyperflows.flows.gate import WeightGate, counts
 from minihyperflows.lab.cli import pruned_weights
 from minihyperflows.nn import weight_groups
-from minihyperflows.nn.counting import flops, sparse_flops
+from minihyperflows.nn.counting import flops, kept_weights, sparse_flops
 from minihyperflows.related import pruners, rounds
 
 
@@ -100,6 +101,7 @@ def test_a_weight_counts_once() -> None:
     assert sparse_flops(dense, flows.layer_density(net)) == {"0": 66, "4": 66}
 
 
+@pytest.mark.filterwarnings("ignore:landing:minihyperflows.DoubtfulResultWarning")
 @pytest.mark.parametrize("target", [0.0, 0.1, 0.5, 1.0])
 def test_landing_counts_it_once(target: float) -> None:
     net = tied()
@@ -190,6 +192,50 @@ def test_pytorch_ties_have_the_same_names() -> None:
     net.load_state_dict({name: value.numpy() for name, value in theirs.state_dict().items()})
     expected = theirs(torch.tensor(inputs().data)).detach().numpy()
     np.testing.assert_allclose(net(inputs()).data, expected, rtol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::minihyperflows.DoubtfulResultWarning")
+def test_a_training_goes_on_where_it_was_saved() -> None:
+    """Gates, optimisers and recorder of a tied network, after any epoch, bit for bit."""
+    digits = lab.load("digits")
+    data = dataclasses.replace(digits, train_x=digits.train_x[::8], train_y=digits.train_y[::8])
+    fields = {"dense.epochs": 1, "pruning.epochs": 2, "regrowth.epochs": 2, "target_sparsity": 0.5}
+    recipe = lab.RECIPES["lenet300-digits"].with_fields(fields | {"presence.lr": 0.02})
+
+    def trainer() -> lab.Trainer:
+        return lab.Trainer(DigitNet(), data, recipe, np.random.default_rng(1))
+
+    whole, states = trainer(), []
+    while not whole.finished:
+        whole.run_epoch()
+        states.append(whole.state_dict())
+    for arrays, values in states[:-1]:
+        later = trainer()
+        later.load_state_dict(arrays, values)
+        while not later.finished:
+            later.run_epoch()
+        assert later.net.middle[0].weight is later.net.middle[1].weight
+        for name, value in later.state_dict()[0].items():
+            np.testing.assert_array_equal(value, states[-1][0][name], err_msg=name)
+    weights = 64 * 16 + 16 * 16 + 16 * 10
+    assert flows.density(whole.net) == kept_weights(0.5, weights) / weights
+
+
+class DigitNet(nn.Module):
+    """A classifier of digits whose two middle layers share a weight."""
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(0)
+        self.first = nn.Linear(64, 16, rng=rng)
+        self.middle = [nn.Linear(16, 16, rng=rng), nn.Linear(16, 16, rng=rng)]
+        self.middle[1].weight = self.middle[0].weight
+        self.last = nn.Linear(16, 10, rng=rng)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(F.flatten(x)))
+        for layer in self.middle:
+            x = F.relu(layer(x))
+        return self.last(x)
 
 
 def test_what_is_exported_computes_the_same() -> None:
