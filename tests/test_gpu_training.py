@@ -32,6 +32,7 @@ TINY = lab.Recipe(
 VGG = dataclasses.replace(
     TINY,
     model="vgg19",
+    dataset="shapes32",
     model_options={"width": 0.03, "stem_stride": 2},
     gpu_dtype="float16",
     augment=True,
