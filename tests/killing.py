@@ -32,6 +32,7 @@ import pytest
 from tiny import RECIPE, results, tiny_runs
 
 from minihyperflows import lab
+from minihyperflows.lab.checkpoint import load_checkpoint
 
 DONE, FAILED, ONE_LINE, KILLED = 0, 1, 2, 9
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
@@ -86,6 +87,12 @@ def in_a_child(function: Callable[[], int | None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def epochs(folder: Path) -> int:
+    """How many of a run are saved."""
+    file = folder / "checkpoint.safetensors"
+    return load_checkpoint(file)[1]["trainer"]["epoch"] if file.exists() else 0
+
+
 def main(base: Path, kind: str, trouble: str) -> None:
     folder, before = base / "run", base / "before"
     options: dict[str, Any] = {} if kind == "new" else {"resume": False}
@@ -116,6 +123,7 @@ def main(base: Path, kind: str, trouble: str) -> None:
         return ONE_LINE if disturbance.happened else DONE
 
     assert in_a_child(prepare) == DONE
+    kept = 0
     for number in range(1, 1000):
         shutil.rmtree(folder, ignore_errors=True)
         if before.exists():
@@ -124,6 +132,9 @@ def main(base: Path, kind: str, trouble: str) -> None:
         if status == DONE:
             break
         assert status == (KILLED if trouble == "killed" else ONE_LINE), (number, status)
+        if kind == "new" and trouble != "gone":
+            assert epochs(folder) >= kept, f"change {number} loses what was saved before"
+            kept = epochs(folder)
         assert in_a_child(check) == DONE, f"after change {number}"
         print(f"survived {number}", flush=True)
     print("through")

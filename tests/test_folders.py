@@ -156,18 +156,25 @@ def test_the_lock_of_a_process_ends_with_it(tmp_path: Path) -> None:
 
 @posix
 def test_a_fork_does_not_keep_the_lock(tmp_path: Path) -> None:
-    read, write = os.pipe()
-    with locks.locked(tmp_path):
-        child = os.fork()
-        if not child:
-            os.read(read, 1)
-            os._exit(0)
+    """The holder is killed, its child lives on: the lock is free."""
+    is_there, here = os.pipe()
+    until, go_on = os.pipe()
+    holder = os.fork()
+    if not holder:
+        locks.Lock(tmp_path / locks.NAME, tmp_path)
+        if not os.fork():
+            os.close(go_on)
+            os.write(here, b".")
+            os.read(until, 1)  # the test's end
+        os._exit(0)
     try:
+        assert os.read(is_there, 1) == b"."
+        os.waitpid(holder, 0)
         with locks.locked(tmp_path):
-            assert os.waitpid(child, os.WNOHANG) == (0, 0), "the child is to live on"
+            pass
     finally:
-        os.write(write, b".")
-        os.waitpid(child, 0)
+        for end in (is_there, here, until, go_on):
+            os.close(end)
 
 
 def test_a_lock_that_is_removed_while_another_waits_for_it(
@@ -501,6 +508,30 @@ def test_trouble_at_every_write(kind: str, trouble: str, tmp_path: Path) -> None
     assert done.returncode == 0, done.stdout[-200:] + done.stderr
     assert done.stdout.endswith("through\n")
     assert done.stdout.count("survived") > 40
+
+
+@pytest.mark.parametrize("name", ["recipe.json", "metrics.csv", "layers.csv", "summary.json"])
+def test_another_digit_in_a_finished_runs_table(
+    name: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is still a table, or JSON, so the checksum alone can tell."""
+    file = finished / name
+    text = file.read_text(encoding="utf-8")
+    places = [n for n, character in enumerate(text) if character in "12345678"]
+    if name == "summary.json":  # the digits of the checksums themselves are tried below
+        places = [n for n in places if n < text.index('"checksums"')]
+    for place in places[:: len(places) // 4]:
+        digit = str(int(text[place]) + 1)
+        file.write_text(text[:place] + digit + text[place + 1 :], encoding="utf-8")
+        words = "damaged or was changed"
+        assert words in refused(["prune", NAME, "--out", str(finished)], capsys)
+        out = str(tmp_path / "t.csv")
+        assert words in refused(["collect", str(finished), "--out", out], capsys)
+    file.write_text(text, encoding="utf-8")
+    summary = json.loads((finished / "summary.json").read_text(encoding="utf-8"))
+    summary["checksums"]["summary"] = "0" * 64
+    checkpoint.write_json(finished / "summary.json", summary)
+    assert words in refused(["prune", NAME, "--out", str(finished)], capsys)
 
 
 def damaged(content: bytes, rng: np.random.Generator) -> bytes:

@@ -19,7 +19,6 @@ import platform
 import re
 import sys
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +141,7 @@ class Lock:
 
     def release(self) -> None:
         """Let others have it; the file is removed."""
+        _held.discard(self)
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is None:
             return
@@ -161,12 +161,13 @@ class Lock:
 
 
 # A child that is forked while a lock is held would keep it for as long as it lives.
-_held: weakref.WeakSet[Lock] = weakref.WeakSet()
+_held: set[Lock] = set()
 
 
 def _forget_all() -> None:
     for lock in list(_held):
         lock.forget()
+    _held.clear()
 
 
 if hasattr(os, "register_at_fork"):
