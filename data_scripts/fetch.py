@@ -28,9 +28,9 @@ try:
     import requests
     from tqdm import tqdm
 
-    from minihyperflows.lab.data import CIFAR, data_folder
-    from minihyperflows.lab.errors import UserError
-    from minihyperflows.lab.formats import read_archive
+    from minihyperflows.data.datasets import CIFAR, data_folder
+    from minihyperflows.data.formats import read_archive
+    from minihyperflows.errors import UserError
 except ModuleNotFoundError as error:
     print(f'error: there is no {error.name}; run: pip install -e ".[data]"', file=sys.stderr)
     raise SystemExit(2) from error

@@ -2,7 +2,7 @@
 
     python data_scripts/make_digits.py [FILE]
 
-FILE is minihyperflows/lab/datasets/digits.npz of this repository unless given. It then holds
+FILE is minihyperflows/data/embedded/digits.npz of this repository unless given. It then holds
 
     counts   (1797, 8, 8) uint8   dark pixels in each 4 x 4 block of a 32 x 32 bitmap, 0 to 16
     labels   (1797,) uint8        the digit

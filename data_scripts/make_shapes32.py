@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.image import imsave
 
-from minihyperflows.lab.data import CIFAR, Dataset, make_shapes32
-from minihyperflows.lab.errors import UserError
+from minihyperflows.data.datasets import CIFAR, Dataset, make_shapes32
+from minihyperflows.errors import UserError
 
 
 def contact_sheet(data: Dataset, columns: int = 16, zoom: int = 2) -> np.ndarray:

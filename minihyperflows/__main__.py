@@ -2,6 +2,6 @@
 
 import sys
 
-from minihyperflows.lab.cli import main
+from minihyperflows.cli import main
 
 sys.exit(main())

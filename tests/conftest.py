@@ -48,7 +48,7 @@ def kernels_are_compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Itera
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "kernels"
     folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        compiler = importlib.import_module("minihyperflows.lab.emulator.compiler")
+        compiler = importlib.import_module("minihyperflows.emulator.compilation")
         patch.setattr(compiler, "_folder", lambda: folder)
         yield
 

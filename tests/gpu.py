@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import minihyperflows as mh
-from minihyperflows.lab.emulator import compiler, emulated_gpu
+from minihyperflows.emulator import compiler, emulated_gpu
 
 NO_COMPILER = "emulating a GPU needs g++ 12 or clang++ on Linux"
 needs_compiler = pytest.mark.skipif(compiler() is None, reason=NO_COMPILER)

@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from minihyperflows.lab import cli, cluster, workers
+from minihyperflows import cli
+from minihyperflows.lab import cluster, workers
 from minihyperflows.lab.workers import Attempt, Kind
 
 SECONDS = 300.0  # until a test gives up; nothing depends on it unless a program hangs

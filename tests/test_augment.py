@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from minihyperflows.lab.augment import crop, crop_and_flip, flip
+from minihyperflows.data.augment import crop, crop_and_flip, flip
 
 
 def images(n, height=6, width=5, channels=3, dtype=np.uint8):

@@ -9,12 +9,20 @@ import pytest
 from lanes import large
 
 from minihyperflows import flows, models
+from minihyperflows.bench import layers as bench_layers
+from minihyperflows.bench import machine
+from minihyperflows.bench import steps as bench
+from minihyperflows.bench.contenders import (
+    FORMATS,
+    faster_format,
+    ratio,
+    take_turns,
+    torch_available,
+)
+from minihyperflows.bench.steps import BenchSettings, measure
+from minihyperflows.bench.table import table
+from minihyperflows.cli import main
 from minihyperflows.engine import conv
-from minihyperflows.lab import bench, bench_layers, machine
-from minihyperflows.lab.bench import BenchSettings, measure
-from minihyperflows.lab.bench_table import table
-from minihyperflows.lab.cli import main
-from minihyperflows.lab.contenders import FORMATS, faster_format, ratio, take_turns, torch_available
 
 needs_torch = pytest.mark.skipif(not torch_available(), reason="PyTorch is not installed")
 
@@ -35,8 +43,8 @@ TORCH = {f"torch_{memory_format}" for memory_format in FORMATS}
 
 @pytest.fixture(autouse=True)
 def short_samples(monkeypatch):
-    monkeypatch.setattr("minihyperflows.lab.contenders.SAMPLE_SECONDS", 1e-6)
-    monkeypatch.setattr("minihyperflows.lab.contenders.PAUSE_SECONDS", 0)
+    monkeypatch.setattr("minihyperflows.bench.contenders.SAMPLE_SECONDS", 1e-6)
+    monkeypatch.setattr("minihyperflows.bench.contenders.PAUSE_SECONDS", 0)
 
 
 # -- the command ---------------------------------------------------------------------------------
@@ -113,7 +121,7 @@ def test_mistakes_get_one_line_and_status_2(arguments, words, tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_the_table_says_what_spoils_or_misses_a_measurement(monkeypatch):
-    monkeypatch.setattr("minihyperflows.lab.bench.torch_available", lambda: False)
+    monkeypatch.setattr("minihyperflows.bench.steps.torch_available", lambda: False)
     monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
     record = measure(BenchSettings(("lenet300",), rounds=1, batch=2)) | {"load": 7.0, "cores": 2}
     text = table(record)
@@ -126,7 +134,7 @@ def test_the_table_says_what_spoils_or_misses_a_measurement(monkeypatch):
 
 @pytest.mark.slow
 def test_the_command_line_does_not_load_pytorch():
-    code = "import sys, minihyperflows.lab.cli; print('torch' in sys.modules)"
+    code = "import sys, minihyperflows.cli; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -239,7 +247,7 @@ def gradient_norms(step):
 @needs_torch
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_both_sides_compute_the_same_convolution(memory_format, rng):
-    from minihyperflows.lab import torch_peers
+    from minihyperflows.bench import torch_peers
 
     x, weight = rng.standard_normal((2, 8, 8, 4)), rng.standard_normal((6, 3, 3, 4))
     settings = (x, weight, (1, 1), (1, 1), 1, True)
@@ -260,7 +268,7 @@ def test_an_interrupted_bench_does_not_promise_to_go_on(monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("minihyperflows.lab.cli.measure", interrupted)
+    monkeypatch.setattr("minihyperflows.cli.measure", interrupted)
     assert main(["bench", "lenet300"]) == 130
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
     assert line == "interrupted: run it again for the whole table"

@@ -21,8 +21,8 @@ from minihyperflows.engine.blas import (
     set_blas_threads,
 )
 from minihyperflows.engine.threads import for_blocks, set_threads
-from minihyperflows.lab.studies.command import reporting
 from minihyperflows.lab.workers import THREAD_VARIABLES
+from minihyperflows.studies.command import reporting
 
 CHAPTERS = Path(__file__).parent.parent / "chapters"
 

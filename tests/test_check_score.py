@@ -11,7 +11,7 @@ import pytest
 from minihyperflows.nn import BatchNorm2d, Module
 from minihyperflows.related.derivatives import Landscape
 from minihyperflows.related.gradient_flow import loss_change, loss_change_to_second_order, per_group
-from minihyperflows.related.importance import SCORES, importance, layers_by_weight
+from minihyperflows.related.scores import SCORES, importance, layers_by_weight
 from minihyperflows.testing.scores import check_score
 
 Arrays = dict[str, np.ndarray]

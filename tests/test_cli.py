@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import minihyperflows
-from minihyperflows.lab.cli import main
+from minihyperflows.cli import main
 
 
 def run(*arguments, cwd=None):

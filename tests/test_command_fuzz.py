@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minihyperflows import lab
-from minihyperflows.lab import RECIPES, UserError, cli, runs, sweep, workers
-from minihyperflows.lab.data import NAMES
+from minihyperflows import cli, lab
+from minihyperflows.data.datasets import NAMES
+from minihyperflows.lab import RECIPES, UserError, runs, sweep, workers
 from minihyperflows.lab.networks import MODELS
 from minihyperflows.lab.recipes import fields_with_ranges
 from minihyperflows.lab.runs import Trainer

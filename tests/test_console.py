@@ -12,10 +12,10 @@ import warnings
 import pytest
 
 from minihyperflows import DoubtfulResultWarning, NonFiniteLossError
+from minihyperflows.cli import main
+from minihyperflows.errors import UserError
 from minihyperflows.lab import console
-from minihyperflows.lab.cli import main
 from minihyperflows.lab.console import run_command
-from minihyperflows.lab.errors import UserError
 
 posix = pytest.mark.skipif(os.name == "nt", reason="streams are closed by a POSIX shell")
 full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
@@ -192,7 +192,7 @@ def test_lists_on_a_full_device(command, tmp_path):
 
 @posix
 def test_a_study_ends_like_a_command(tmp_path):
-    study = f"'{sys.executable}' -m minihyperflows.lab.studies.targets"
+    study = f"'{sys.executable}' -m minihyperflows.studies.targets"
     status, _, errors = shell(f"{study} --out x.csv --settings nonsense", tmp_path)
     assert status == 2
     assert errors.startswith("error: argument --settings: invalid choice: 'nonsense'")

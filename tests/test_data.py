@@ -1,4 +1,4 @@
-"""lab.data: the embedded and the drawn set, published layouts, and files that lie."""
+"""data: the embedded and the drawn set, published layouts, and files that lie."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minihyperflows.lab import data as lab_data
-from minihyperflows.lab import pickles, shapes
-from minihyperflows.lab.data import CIFAR, Dataset, load, make_shapes32, normalise
-from minihyperflows.lab.errors import UserError
+from minihyperflows.data import datasets as lab_data
+from minihyperflows.data import pickles, shapes
+from minihyperflows.data.datasets import CIFAR, Dataset, load, make_shapes32, normalise
+from minihyperflows.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -69,7 +69,7 @@ def test_digits_are_there_without_any_file() -> None:
 def test_the_digits_file_is_what_its_script_makes() -> None:
     pytest.importorskip("sklearn")
     made = script("make_digits").digits_arrays()
-    with np.load(Path(lab_data.__file__).parent / "datasets" / "digits.npz") as file:
+    with np.load(Path(lab_data.__file__).parent / "embedded" / "digits.npz") as file:
         assert set(file) == set(made)
         for name in file:
             np.testing.assert_array_equal(file[name], made[name])
@@ -77,7 +77,7 @@ def test_the_digits_file_is_what_its_script_makes() -> None:
 
 
 def test_the_digits_name_their_licence() -> None:
-    text = (Path(lab_data.__file__).parent / "datasets" / "digits.LICENSE.txt").read_text("utf-8")
+    text = (Path(lab_data.__file__).parent / "embedded" / "digits.LICENSE.txt").read_text("utf-8")
     assert "CC BY 4.0" in text
     assert "UCI" in text
 

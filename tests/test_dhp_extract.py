@@ -172,7 +172,7 @@ class Twice(nn.Module):
 def test_the_extracted_network_loads_in_pytorch() -> None:
     """Into a ResNet-20 whose layers are built with the extracted widths: the same outputs."""
     torch = pytest.importorskip("torch")
-    peers = pytest.importorskip("minihyperflows.lab.torch_peers")
+    peers = pytest.importorskip("minihyperflows.bench.torch_peers")
     network = hyper_network("resnet20", dtype=np.float64)
     scatter_latents(network)
     net = extract(network)

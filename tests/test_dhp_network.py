@@ -14,7 +14,7 @@ from minihyperflows import functional as F
 from minihyperflows.engine.tensor import Tensor
 from minihyperflows.nn import weighted_layers
 from minihyperflows.nn.counting import flops
-from minihyperflows.nn.models.resnet import Bottleneck, ResNet
+from minihyperflows.nn.models.resnets import Bottleneck, ResNet
 from minihyperflows.related.channels import channel_groups
 from minihyperflows.related.cutting import set_widths
 from minihyperflows.related.dhp import (

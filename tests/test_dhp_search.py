@@ -14,7 +14,7 @@ import pytest
 
 from minihyperflows import functional as F
 from minihyperflows import lab, models, nn, optim
-from minihyperflows.nn.models.resnet import BasicBlock, ResNet
+from minihyperflows.nn.models.resnets import BasicBlock, ResNet
 from minihyperflows.nn.optim import sgd_rule
 from minihyperflows.related import dhp
 from minihyperflows.related.channels import channel_groups

@@ -16,11 +16,11 @@ import pytest
 from gpu import needs_compiler
 
 import minihyperflows as mh
+from minihyperflows.emulator import CompilerMissingError, emulated_gpu
+from minihyperflows.emulator.array import ndarray
+from minihyperflows.emulator.recording import CaptureError
 from minihyperflows.engine.backend import cuda_library, cupy, device_of, to_device, to_numpy
 from minihyperflows.engine.errors import DeviceError
-from minihyperflows.lab.emulator import CompilerMissingError, emulated_gpu
-from minihyperflows.lab.emulator.array import ndarray
-from minihyperflows.lab.emulator.recording import CaptureError
 
 PACKAGE = Path(mh.__file__).parent
 MODULES = ("cupy", "cuda", "cuda.pathfinder")
@@ -618,14 +618,14 @@ def test_without_the_emulator_there_is_no_gpu() -> None:
 
 
 def test_without_a_compiler_there_is_no_emulator(monkeypatch) -> None:
-    module = import_module("minihyperflows.lab.emulator.compiler")
+    module = import_module("minihyperflows.emulator.compilation")
     monkeypatch.setattr(module, "compiler", lambda: None)
     with pytest.raises(CompilerMissingError, match=r"g\+\+ 12"), emulated_gpu():
         pass
 
 
 def test_no_other_system_has_a_compiler_for_it(monkeypatch) -> None:
-    from minihyperflows.lab.emulator import compiler
+    from minihyperflows.emulator import compiler
 
     monkeypatch.setattr(sys, "platform", "darwin")
     assert compiler() is None

@@ -16,7 +16,7 @@ from nested_networks import CHANNELS, CLASSES, SIDE, NestedNetwork, images
 
 from minihyperflows import flows, nn, optim
 from minihyperflows import functional as F
-from minihyperflows.flows.gate import counts
+from minihyperflows.flows.gates import counts
 from minihyperflows.nn.counting import flops, kept_weights, sparse_flops
 from minihyperflows.related.pruners import Magnitude, Random
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minihyperflows.lab.data import CIFAR, load
+from minihyperflows.data.datasets import CIFAR, load
 
 pytest.importorskip("pooch")
 pytest.importorskip("requests")

@@ -28,7 +28,6 @@ from minihyperflows.related.filters import (
     widths,
     zero_filters,
 )
-from minihyperflows.related.importance import importance
 from minihyperflows.related.ranking import (
     fractions_between,
     keep_highest,
@@ -43,6 +42,7 @@ from minihyperflows.related.rounds import (
     prune_to_widths,
     prune_weights,
 )
+from minihyperflows.related.scores import importance
 
 IMAGE = (32, 32, 3)
 

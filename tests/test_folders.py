@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 from tiny import NAME, RECIPE, results, rows, tiny_runs
 
 from minihyperflows import lab
+from minihyperflows.cli import main
 from minihyperflows.lab import checkpoint, folders, locks, records, runs, sweep
-from minihyperflows.lab.cli import main
 from minihyperflows.lab.records import write_records
 
 pytestmark = pytest.mark.filterwarnings("ignore:landing removed")  # runs are short
@@ -292,7 +292,7 @@ def test_an_attempt_waits_for_the_one_before(
 
 
 def test_studies_exclude_each_other(tmp_path: Path) -> None:
-    from minihyperflows.lab.studies import pruning_law, targets
+    from minihyperflows.studies import pruning_law, targets
 
     for main_of in (targets.main, pruning_law.main):
         with records.writing(tmp_path / "a.csv"), pytest.raises(SystemExit) as stop:

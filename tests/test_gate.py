@@ -11,7 +11,7 @@ import pytest
 import minihyperflows as mh
 from minihyperflows import flows, models, nn, testing
 from minihyperflows import functional as F
-from minihyperflows.flows.gate import GatedWeight, is_present
+from minihyperflows.flows.gates import GatedWeight, is_present
 
 
 def conv_net(rng: np.random.Generator, dtype: Any = np.float64) -> nn.Module:

@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 
-from minihyperflows.engine.backend import cupy, to_device, to_numpy
-from minihyperflows.engine.errors import ShapeError
-from minihyperflows.engine.gpu.batches import (
+from minihyperflows.data.augment import crop, flip
+from minihyperflows.data.gpu.batches import (
+    SOURCE,
     DeviceData,
     advance,
     batch_in_numpy,
@@ -17,10 +17,10 @@ from minihyperflows.engine.gpu.batches import (
     load_batch,
     random_crops,
 )
-from minihyperflows.engine.gpu.launch import kernel_folder
-from minihyperflows.engine.philox import KEY_STEPS, MULTIPLIERS, ROUNDS, below, philox4x32
+from minihyperflows.data.philox import KEY_STEPS, MULTIPLIERS, ROUNDS, below, philox4x32
+from minihyperflows.engine.backend import cupy, to_device, to_numpy
+from minihyperflows.engine.errors import ShapeError
 from minihyperflows.lab import Dataset, normalise
-from minihyperflows.lab.augment import crop, flip
 
 # -- Philox ----------------------------------------------------------------------------------------
 
@@ -65,7 +65,7 @@ def test_philox_of_the_kernels(gpu, counter: str, key: str, numbers: str) -> Non
         words = philox4x32(words, key[0], key[1]);
         for (int i = 0; i < 4; ++i) numbers[i] = words.word[i];
     }"""
-    options = ("-std=c++17", f"-I{kernel_folder()}")
+    options = SOURCE.options()
     module = cupy().RawModule(code=text, options=options, name_expressions=("random_words",))
     found = cupy().empty(4, np.uint32)
     arrays = (to_device(words(counter), "cuda"), to_device(words(key), "cuda"), found)
@@ -74,7 +74,7 @@ def test_philox_of_the_kernels(gpu, counter: str, key: str, numbers: str) -> Non
 
 
 def test_both_philox_have_the_same_constants() -> None:
-    text = (kernel_folder() / "philox.cuh").read_text(encoding="utf-8")
+    text = (SOURCE.folder() / "philox.cuh").read_text(encoding="utf-8")
     constants = {int(c, 16) for c in re.findall(r"0x[0-9A-F]{8}", text)}
     assert constants == {*MULTIPLIERS, *KEY_STEPS}
     assert f"round < {ROUNDS};" in text

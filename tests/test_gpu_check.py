@@ -1,4 +1,4 @@
-"""``lab.gpu_check`` and ``bench --device cuda`` on an emulated GPU, and PyTorch's side on a CPU."""
+"""``bench.gpu_check`` and ``bench --device cuda``: on an emulated GPU, PyTorch's on a CPU."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ import pytest
 from gpu import needs_compiler, needs_gpu
 
 import minihyperflows as mh
+from minihyperflows.bench import contenders, gpu_check, gpu_correctness
+from minihyperflows.bench import gpu_rates as rates
+from minihyperflows.bench import gpu_steps as gpu_bench
+from minihyperflows.bench import table as bench_table
+from minihyperflows.bench.gpu_correctness import SMALL, Check, Size, check_bits, check_steps
+from minihyperflows.bench.gpu_steps import GpuBenchSettings
+from minihyperflows.cli import main as cli
+from minihyperflows.emulator import emulated_gpu
 from minihyperflows.engine import ops, pooling
 from minihyperflows.engine.gpu import loss
 from minihyperflows.engine.graph import Function
-from minihyperflows.lab import bench_table, contenders, gpu_bench, gpu_check, gpu_correctness
-from minihyperflows.lab import gpu_rates as rates
-from minihyperflows.lab.cli import main as cli
-from minihyperflows.lab.emulator import emulated_gpu
-from minihyperflows.lab.errors import UserError
-from minihyperflows.lab.gpu_bench import GpuBenchSettings
-from minihyperflows.lab.gpu_correctness import SMALL, Check, Size, check_bits, check_steps
+from minihyperflows.errors import UserError
 from minihyperflows.related.pruners import MaskedWeight
 
 needs_torch = pytest.mark.skipif(
@@ -57,7 +59,14 @@ def test_every_operation_has_a_case():
     abstract = {ops.Elementwise, ops.Reduction, pooling.Pool2d, MaskedWeight}  # or for the CPU only
     known = {type(case.factory(np)) for case in gpu_correctness.CASES}
     for info in pkgutil.walk_packages(mh.__path__, "minihyperflows."):
-        if ".lab" in info.name or info.name.endswith("__main__"):
+        if info.name.split(".")[1] in (
+            "lab",
+            "studies",
+            "bench",
+            "data",
+            "emulator",
+            "cli",
+        ) or info.name.endswith("__main__"):
             continue
         for value in vars(importlib.import_module(info.name)).values():
             if isinstance(value, type) and issubclass(value, Function) and value not in abstract:
@@ -254,7 +263,8 @@ def test_beside_pytorch(emulator, one_thread):
 @needs_torch
 @pytest.mark.parametrize("memory_format", contenders.FORMATS)
 def test_pytorchs_gradients_are_those_of_the_cpu_benchmark(one_thread, memory_format):
-    from minihyperflows.lab import bench, torch_gpu_peers, torch_peers
+    from minihyperflows.bench import steps as bench
+    from minihyperflows.bench import torch_gpu_peers, torch_peers
 
     settings = bench.BenchSettings(batch=4, width=1 / 16)
     cpu = bench.torch_step("vgg19", memory_format, settings)
@@ -276,7 +286,7 @@ def test_pytorchs_gradients_are_those_of_the_cpu_benchmark(one_thread, memory_fo
 
 @needs_torch
 def test_pytorch_crops_and_flips(one_thread):
-    from minihyperflows.lab import torch_gpu_peers
+    from minihyperflows.bench import torch_gpu_peers
 
     data = gpu_bench.cifar_like(20)
     images = torch_gpu_peers.Images(data, one_thread.device("cpu"))
@@ -302,7 +312,7 @@ def test_pytorch_crops_and_flips(one_thread):
 def test_pytorch_learns(one_thread, half):
     import torch
 
-    from minihyperflows.lab import torch_gpu_peers, torch_peers
+    from minihyperflows.bench import torch_gpu_peers, torch_peers
 
     torch.manual_seed(0)  # the first weights; with any of six seeds the loss fell by 0.17 or more
     data = gpu_bench.cifar_like(20)

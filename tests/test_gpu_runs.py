@@ -13,11 +13,11 @@ from gpu import needs_compiler
 
 import minihyperflows as mh
 from minihyperflows import flows
+from minihyperflows.data.datasets import Dataset
+from minihyperflows.errors import OutOfTimeError, UserError
 from minihyperflows.lab import gpu_runs, packs, recipes, runs
 from minihyperflows.lab.checkpoint import load_checkpoint, read_json
-from minihyperflows.lab.data import Dataset
-from minihyperflows.lab.errors import OutOfTimeError, UserError
-from minihyperflows.lab.train import build_network, evaluate
+from minihyperflows.lab.training import build_network, evaluate
 
 IMAGES = 12
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from minihyperflows import NonFiniteLossError, flows, lab, optim
+from minihyperflows.cli import main
 from minihyperflows.engine.backend import cupy, to_numpy
 from minihyperflows.engine.gpu.capture import Replay, on_stream
 from minihyperflows.lab import runs
-from minihyperflows.lab.cli import main
 from minihyperflows.lab.recipes import PresenceTraining, PressureSettings, Regrowth, WeightTraining
-from minihyperflows.lab.train import evaluate
+from minihyperflows.lab.training import evaluate
 
 TINY = lab.Recipe(
     name="tiny",
@@ -160,8 +160,8 @@ def test_the_host_reads_nothing_within_an_epoch(gpu, shapes, monkeypatch):
     steps = trainer.gpu._steps
 
     def observed(*arguments):
-        monkeypatch.setattr("minihyperflows.lab.emulator.array.forbid", told.append)
-        monkeypatch.setattr("minihyperflows.lab.emulator.recording.forbid", told.append)
+        monkeypatch.setattr("minihyperflows.emulator.array.forbid", told.append)
+        monkeypatch.setattr("minihyperflows.emulator.recording.forbid", told.append)
         try:
             return steps(*arguments)
         finally:

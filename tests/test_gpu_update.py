@@ -9,11 +9,10 @@ import pytest
 
 from minihyperflows import Tensor, flows, nn, optim
 from minihyperflows.engine.backend import cupy, to_numpy
-from minihyperflows.engine.gpu import update
-from minihyperflows.engine.gpu.launch import kernel_folder
-from minihyperflows.engine.gpu.update import Counter
-from minihyperflows.flows.flat import FIRST_SCALE, GROWTH_INTERVAL, FlatTraining
-from minihyperflows.flows.gate import KAPPA, gated_layers
+from minihyperflows.flows.gates import KAPPA, gated_layers
+from minihyperflows.flows.gpu import update
+from minihyperflows.flows.gpu.flat import FIRST_SCALE, GROWTH_INTERVAL, FlatTraining
+from minihyperflows.flows.gpu.update import Counter
 
 STEPS = 5
 OPTIMIZERS = {
@@ -229,7 +228,7 @@ def test_presences_freeze_at_a_density(gpu):
 
 
 def test_the_enumerations_are_those_of_the_kernel():
-    text = (kernel_folder() / "update.cu").read_text(encoding="utf-8")
+    text = update.SOURCE.text()
     for enum, mark in (
         *((update.Rule, None), (update.Setting, "SETTINGS")),
         *((update.PressureSetting, None), (Counter, "COUNTERS")),

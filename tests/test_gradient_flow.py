@@ -15,7 +15,7 @@ from minihyperflows import nn
 from minihyperflows.engine.tensor import Tensor
 from minihyperflows.related import gradient_flow as gf
 from minihyperflows.related.derivatives import Landscape
-from minihyperflows.related.importance import importance
+from minihyperflows.related.scores import importance
 
 DT = 1e-5  # so short that no ReLU of the examples switches in it
 Quantity = Callable[[np.ndarray], Any]

@@ -19,8 +19,8 @@ from minihyperflows import flows, testing
 from minihyperflows import functional as F
 from minihyperflows.engine import conv, norm, ops, pooling
 from minihyperflows.engine.graph import Function
-from minihyperflows.flows.gate import Gate, GatedWeight
-from minihyperflows.flows.pressure import MeanPresence
+from minihyperflows.flows.gates import Gate, GatedWeight
+from minihyperflows.flows.pressures import MeanPresence
 from minihyperflows.nn import Parameter
 from minihyperflows.related.pruners import Mask, MaskedWeight
 from minihyperflows.testing.problem import keep_away

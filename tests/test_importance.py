@@ -19,8 +19,8 @@ from minihyperflows.related.derivatives import (
     hessian,
     hessian_gradient_product,
 )
-from minihyperflows.related.importance import SCORES, importance, layers_by_weight
 from minihyperflows.related.pruners import attach_masks
+from minihyperflows.related.scores import SCORES, importance, layers_by_weight
 
 GOLDEN = Path(__file__).parent / "golden" / "golden.npz"
 SECOND_ORDER = [name for name, score in SCORES.items() if score.order == 2]
@@ -82,7 +82,7 @@ def test_hessian_gradient_product_is_that_of_pytorch_as_recorded() -> None:
 
 
 def twins(name: str, rng: np.random.Generator) -> tuple[nn.Module, Any, tuple[int, ...]]:
-    peers = pytest.importorskip("minihyperflows.lab.torch_peers")
+    peers = pytest.importorskip("minihyperflows.bench.torch_peers")
     if name == "lenet300":
         net = models.lenet300(in_features=48, rng=rng, dtype=np.float64)
         return net, peers.lenet300(in_features=48), (4, 4, 3)

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from pathlib import Path
 
 import nvrtc
 import pytest
 from lanes import large
 
-from minihyperflows.engine import gpu
+import minihyperflows
 from minihyperflows.engine.gpu import launch
 
 ARCHITECTURES = ("sm_80", "sm_90")  # A100, and H100 and H200
 OPTIONS = (*launch.OPTIONS, f"-I{launch.kernel_folder()}")
 
-for _module in pkgutil.iter_modules(gpu.__path__):  # so that all of them register their kernels
-    importlib.import_module(f"{gpu.__name__}.{_module.name}")
+for _module in pkgutil.walk_packages(minihyperflows.__path__, "minihyperflows."):
+    if ".gpu" in _module.name:  # so that all of them register their kernels
+        importlib.import_module(_module.name)
 SOURCES = dict(launch.SOURCES)
 
 needs_nvrtc = pytest.mark.skipif(nvrtc.find() is None, reason=nvrtc.MISSING)
@@ -52,8 +54,8 @@ def test_nvrtc_has_kernels_to_compile() -> None:
 
 
 def test_nvrtc_will_see_every_file_of_kernels() -> None:
-    files = {file.name for file in launch.kernel_folder().iterdir()}
-    assert {name for name in files if name.endswith(".cu")} == set(SOURCES)
+    package = Path(minihyperflows.__file__).parent
+    assert {file.name for file in package.rglob("*.cu")} == set(SOURCES)
 
 
 @needs_nvrtc
@@ -61,7 +63,7 @@ def test_nvrtc_will_see_every_file_of_kernels() -> None:
 @pytest.mark.parametrize("file", ["bias.cu", *large(*sorted({*SOURCES} - {"bias.cu"}))])
 def test_nvrtc_compiles_without_spills(file: str, arch: str, record_property) -> None:
     source = SOURCES[file]
-    kernels = usage(source.text(), list(source.kernels), arch)
+    kernels = usage(source.text(), list(source.kernels), arch, f"-I{source.folder()}")
     print(f"{file}, {arch}\n{table(kernels)}")
     for k in kernels:
         record_property(f"{k.kernel}, registers for {arch}", k.registers)

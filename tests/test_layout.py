@@ -1,8 +1,12 @@
-"""The shape of the package: what may import what, and what nothing below ``lab`` may do."""
+"""The shape of the package: which rooms it has, what may import what, and who may talk.
+
+``pytest tests/test_layout.py -k picture -s`` prints the rooms, their sizes and their imports.
+"""
 
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import re
 import subprocess
@@ -20,12 +24,17 @@ from minihyperflows import flows, functional, lab, models, nn, optim, related, t
 PACKAGE = Path(mh.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# A module imports from its own folder and from lower floors; flows and related do not know each
-# other. __init__ is the package's own front door, which lab may use (for the version).
+# A module imports from its own room and from lower floors; rooms of one floor do not know each
+# other. __init__ is the package's own front door, which the rooms above may use (for the version).
 FLOORS = {
-    **{"engine": 0, "functional": 1, "nn": 2, "flows": 3, "related": 3, "testing": 4},
-    **{"__init__": 5, "lab": 6, "__main__": 7},
+    **{"errors": 0, "emulator": 0, "engine": 1, "functional": 2, "nn": 3, "flows": 4, "related": 4},
+    **{"testing": 5, "data": 5, "__init__": 6, "lab": 7, "studies": 8, "bench": 8, "cli": 9},
+    "__main__": 10,
 }
+
+# What one computes with: nothing there reads a file or prints. `data` reads files, without a word.
+LIBRARY = {"engine", "functional", "nn", "flows", "related", "testing", "__init__"}
+QUIET = {*LIBRARY, "data", "errors"}
 
 # Modules with which one talks to the world, and the functions that do it without any.
 WORLD = {
@@ -59,8 +68,8 @@ def part(name: str) -> str:
     return name.split(".")[1] if "." in name else "__init__"
 
 
-def below_lab() -> list[str]:
-    return [name for name in MODULES if floor(name) < FLOORS["lab"]]
+def modules_in(rooms: set[str]) -> list[str]:
+    return [name for name in MODULES if part(name) in rooms]
 
 
 def runtime_nodes(node: ast.AST) -> Iterator[ast.AST]:
@@ -99,6 +108,28 @@ def test_imports_go_down(name: str) -> None:
             assert allowed, f"{name} imports {imported}"
 
 
+def test_picture_of_the_rooms() -> None:
+    """No room holds more than a quarter of the code; the picture is printed."""
+    lines = {room: 0 for room in FLOORS}
+    arrows: dict[str, set[str]] = {room: set() for room in FLOORS}
+    for name, path in MODULES.items():
+        lines[part(name)] += len(path.read_text(encoding="utf-8").splitlines())
+        arrows[part(name)] |= {part(i) for i in imports(name) if i.startswith(mh.__name__)}
+    for room in sorted(FLOORS, key=FLOORS.__getitem__, reverse=True):
+        below = ", ".join(sorted(arrows[room] - {room}, key=FLOORS.__getitem__))
+        print(f"{lines[room]:6,} {room:<11}<- {below}")
+    assert max(lines.values()) <= sum(lines.values()) / 4
+
+
+def test_no_function_hides_a_module() -> None:
+    """``flows.gate`` is a function, so its module has another name."""
+    for name in MODULES:
+        package, _, last = name.rpartition(".")
+        if package and last != "__main__":
+            found = getattr(importlib.import_module(package), last, None)
+            assert found is None or inspect.ismodule(found), f"{package} hides its module {last}"
+
+
 def test_there_are_no_circles() -> None:
     graph = {name: {i for i in imports(name) if i in MODULES} for name in MODULES}
     assert len(list(TopologicalSorter(graph).static_order())) == len(MODULES)  # or CycleError
@@ -110,7 +141,7 @@ def test_imports_are_explicit_and_at_the_top(name: str) -> None:
     for node in ast.walk(module):
         if isinstance(node, ast.ImportFrom):
             assert [alias.name for alias in node.names] != ["*"], f"{name}: star import"
-    if name in below_lab():
+    if part(name) in QUIET:
         inside = [
             node.lineno
             for function in ast.walk(module)
@@ -126,7 +157,7 @@ def test_cupy_is_named_in_the_backend_alone(name: str) -> None:
     if name == "minihyperflows.engine.backend":
         return
     assert not [i for i in imports(name) if i.partition(".")[0] in {"cupy", "cupyx"}]
-    if name in below_lab():
+    if part(name) in QUIET:
         constants = [n.value for n in ast.walk(tree(name)) if isinstance(n, ast.Constant)]
         assert "cupy" not in constants, f"{name} asks for cupy by name"
 
@@ -155,14 +186,22 @@ def test_the_exceptions_read_no_environment_and_print_nothing() -> None:
         assert not re.search(r"environ|getenv|argv|stdout|stderr", ast.unparse(tree(name)))
 
 
-@pytest.mark.parametrize("name", below_lab())
-def test_nothing_below_lab_talks_to_the_world(name: str) -> None:
+@pytest.mark.parametrize("name", modules_in(LIBRARY))
+def test_nothing_below_data_talks_to_the_world(name: str) -> None:
     imported = {i.partition(".")[0] for i in imports(name)}
     imported -= HARMLESS.get(name, set())
     assert not imported & WORLD, f"{name} imports {imported & WORLD}"
+
+
+@pytest.mark.parametrize("name", modules_in(QUIET))
+def test_nothing_below_lab_prints_or_reads_options(name: str) -> None:
+    """But for the one variable that says where data sets lie."""
+    text = ast.unparse(tree(name)).replace("os.environ.get(FOLDER_VARIABLE)", "")
+    assert not re.search(r"environ|getenv|argv|stdout|stderr", text)
     for node in ast.walk(tree(name)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            assert node.func.id not in TALKING, f"{name}, line {node.lineno}: {node.func.id}"
+            silent = node.func.id not in TALKING - ({"open"} if part(name) == "data" else set())
+            assert silent, f"{name}, line {node.lineno}: {node.func.id}"
 
 
 @every_module
@@ -198,7 +237,7 @@ def public_definitions(name: str) -> Iterator[ast.FunctionDef | ast.ClassDef]:
             yield node
 
 
-@pytest.mark.parametrize("name", below_lab())
+@pytest.mark.parametrize("name", modules_in(LIBRARY))
 def test_public_names_are_documented(name: str) -> None:
     for node in public_definitions(name):
         assert ast.get_docstring(node), f"{name}.{node.name} has no docstring"
@@ -226,7 +265,7 @@ def test_every_operation_states_its_gradient() -> None:
     """The docstring of a Function gives the formula of its derivative."""
     functions = [
         (name, node)
-        for name in below_lab()
+        for name in modules_in(LIBRARY)
         for node in public_definitions(name)
         if isinstance(node, ast.ClassDef)
         and {"forward", "backward"} <= {n.name for n in node.body if isinstance(n, ast.FunctionDef)}

@@ -19,7 +19,7 @@ from minihyperflows import flows, nn, optim, testing
 from minihyperflows import functional as F
 from minihyperflows.engine import conv, norm, ops, pooling
 from minihyperflows.engine.graph import Function
-from minihyperflows.flows.gate import Gate
+from minihyperflows.flows.gates import Gate
 from minihyperflows.nn.optim import adam_rule, sgd_rule
 
 Array = np.ndarray

@@ -25,8 +25,8 @@ from minihyperflows.engine.backend import to_device
 from minihyperflows.engine.graph import Function, Intermediate
 from minihyperflows.engine.numbers import Arithmetic
 from minihyperflows.engine.ops import unbroadcast
-from minihyperflows.flows.gate import GatedWeight
-from minihyperflows.flows.pressure import MeanPresence
+from minihyperflows.flows.gates import GatedWeight
+from minihyperflows.flows.pressures import MeanPresence
 from minihyperflows.related.pruners import Mask
 
 WHOLE = [np.dtype(t) for t in (np.bool_, np.uint8, np.int64)]

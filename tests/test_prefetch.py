@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from minihyperflows import lab
+from minihyperflows.data.prefetch import prefetch
 from minihyperflows.lab import Trainer
-from minihyperflows.lab.prefetch import prefetch
 
 SECONDS = 60.0  # that a test waits before it gives up
 

@@ -12,7 +12,7 @@ import pytest
 
 import minihyperflows as mh
 from minihyperflows import flows, models, nn, optim
-from minihyperflows.flows.pressure import MeanPresence
+from minihyperflows.flows.pressures import MeanPresence
 
 
 def gated_lenet(rng: np.random.Generator, inputs: int = 20, dtype: Any = np.float32) -> nn.Module:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from minihyperflows import lab
+from minihyperflows.data.datasets import IMAGES
 from minihyperflows.lab import RECIPES, Recipe, UserError, runs
 from minihyperflows.lab.checks import require_usable
-from minihyperflows.lab.data import IMAGES
 from minihyperflows.lab.recipes import PressureSettings, fields_with_ranges, find, flat
 from minihyperflows.lab.runs import command_for
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from minihyperflows import lab
-from minihyperflows.flows.gate import counts
+from minihyperflows.cli import main
+from minihyperflows.flows.gates import counts
 from minihyperflows.lab import runs
-from minihyperflows.lab.cli import main
 
 SMALL = ["vgg19-small-cifar10", "resnet50-small-cifar10", "vgg19-small-shapes32"]
 WEIGHTS = {"vgg19-cifar10": 20_024_000, "resnet50-cifar10": 23_467_712}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from minihyperflows.lab.errors import UserError
+from minihyperflows.errors import UserError
 from minihyperflows.lab.records import (
     Record,
     join_records,

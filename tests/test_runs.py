@@ -414,7 +414,7 @@ def test_a_diverged_run_names_the_last_good_checkpoint(tmp_path, monkeypatch):
 def test_export_is_the_pruned_network(finished, tmp_path):
     from safetensors.numpy import load_file
 
-    from minihyperflows.lab.cli import main
+    from minihyperflows.cli import main
 
     out = tmp_path / "weights.safetensors"
     assert main(["export", str(finished[0]), str(out)]) == 0

@@ -12,8 +12,8 @@ from minihyperflows import lab
 from minihyperflows.flows import PressureScheduler
 from minihyperflows.flows.law import mean_half_width
 from minihyperflows.lab.records import read_records
-from minihyperflows.lab.studies import alternatives
-from minihyperflows.lab.studies.alternatives import (
+from minihyperflows.studies import alternatives
+from minihyperflows.studies.alternatives import (
     METHODS,
     RECIPES,
     learning_rate,

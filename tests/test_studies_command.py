@@ -1,4 +1,4 @@
-"""What the commands of studies share: options, and how they end (``lab.studies.command``)."""
+"""What the commands of studies share: options, and how they end (``studies.command``)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from minihyperflows.lab import studies
-from minihyperflows.lab.errors import UserError
+from minihyperflows import studies
+from minihyperflows.errors import UserError
 from minihyperflows.lab.records import read_records, write_records
-from minihyperflows.lab.studies.command import DIGITS, parse_fraction, parse_seed, reporting
+from minihyperflows.studies.command import DIGITS, parse_fraction, parse_seed, reporting
 
 COMMANDS = [
     name

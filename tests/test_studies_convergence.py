@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from minihyperflows import lab
-from minihyperflows.lab.errors import UserError
+from minihyperflows.errors import UserError
 from minihyperflows.lab.records import read_records
 from minihyperflows.lab.runs import RunFolder
-from minihyperflows.lab.studies import convergence
+from minihyperflows.studies import convergence
 
 
 @pytest.fixture(scope="module")

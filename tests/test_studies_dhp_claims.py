@@ -13,10 +13,14 @@ import pytest
 
 from minihyperflows import lab
 from minihyperflows.engine import Tensor
-from minihyperflows.lab.studies import dhp_claims, dhp_runs
-from minihyperflows.lab.studies.dhp_runs import Settings
-from minihyperflows.lab.studies.dhp_tables import Run, Tables, differences, text_of, widths_of
-from minihyperflows.lab.studies.dhp_tasks import (
+from minihyperflows.nn import Module
+from minihyperflows.related import dhp
+from minihyperflows.related.channels import channel_groups, sizes
+from minihyperflows.related.ranking import shuffled
+from minihyperflows.studies import dhp_claims, dhp_runs
+from minihyperflows.studies.dhp_runs import Settings
+from minihyperflows.studies.dhp_tables import Run, Tables, differences, text_of, widths_of
+from minihyperflows.studies.dhp_tasks import (
     EXPERIMENTS,
     Classification,
     Denoising,
@@ -29,10 +33,6 @@ from minihyperflows.lab.studies.dhp_tasks import (
     steps_of,
     with_noise,
 )
-from minihyperflows.nn import Module
-from minihyperflows.related import dhp
-from minihyperflows.related.channels import channel_groups, sizes
-from minihyperflows.related.ranking import shuffled
 
 STEPS = 22  # of an epoch of the digits
 

@@ -11,8 +11,8 @@ from minihyperflows import flows, lab, nn
 from minihyperflows import functional as F
 from minihyperflows.engine import Tensor
 from minihyperflows.lab.records import read_records
-from minihyperflows.lab.studies import equilibrium
-from minihyperflows.lab.studies.equilibrium import Supports, main, supports
+from minihyperflows.studies import equilibrium
+from minihyperflows.studies.equilibrium import Supports, main, supports
 
 RECIPE = "lenet300-digits-gamma"
 

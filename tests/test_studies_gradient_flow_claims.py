@@ -11,20 +11,20 @@ import pytest
 from spies import calls_of
 
 from minihyperflows import lab
+from minihyperflows.data.datasets import make_shapes32
 from minihyperflows.engine import NonFiniteLossError
-from minihyperflows.lab.data import make_shapes32
-from minihyperflows.lab.errors import UserError
+from minihyperflows.errors import UserError
 from minihyperflows.lab.records import read_records, write_records
-from minihyperflows.lab.studies import gradient_flow_claims as claims
-from minihyperflows.lab.studies import gradient_flow_filters as filters
-from minihyperflows.lab.studies import gradient_flow_runs
-from minihyperflows.lab.studies import gradient_flow_weights as weights
-from minihyperflows.lab.studies.gradient_flow_runs import Course, Plan, State, Task, train_dense
-from minihyperflows.lab.train import evaluate
+from minihyperflows.lab.training import evaluate
 from minihyperflows.nn.counting import flops
 from minihyperflows.related import channel_groups
 from minihyperflows.related.filters import widths
 from minihyperflows.related.rounds import prune_weights
+from minihyperflows.studies import gradient_flow_claims as claims
+from minihyperflows.studies import gradient_flow_filters as filters
+from minihyperflows.studies import gradient_flow_runs
+from minihyperflows.studies import gradient_flow_weights as weights
+from minihyperflows.studies.gradient_flow_runs import Course, Plan, State, Task, train_dense
 
 TINY = Plan(
     **{"images": 320, "test_images": 100, "epochs": 5, "batch_size": 32, "lr": 0.1},

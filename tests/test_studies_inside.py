@@ -11,10 +11,10 @@ import pytest
 from tqdm import tqdm
 
 from minihyperflows import flows, lab
-from minihyperflows.flows.gate import gated_layers
+from minihyperflows.flows.gates import gated_layers
 from minihyperflows.lab import runs
-from minihyperflows.lab.studies import inside
-from minihyperflows.lab.train import build_network
+from minihyperflows.lab.training import build_network
+from minihyperflows.studies import inside
 
 RECIPE = lab.RECIPES["lenet300-digits"].with_fields(
     inside.SHORT | {"dense.epochs": 1, "pruning.epochs": 3, "regrowth.epochs": 1}

@@ -13,17 +13,17 @@ import pytest
 from spies import calls_of
 
 from minihyperflows import flows
-from minihyperflows.lab.errors import UserError
+from minihyperflows.errors import UserError
 from minihyperflows.lab.records import read_records, write_records
-from minihyperflows.lab.studies import gradient_flow_runs, neighbours
-from minihyperflows.lab.studies import neighbour_methods as methods
-from minihyperflows.lab.studies.dhp_runs import NETWORK, Course, from_scratch, stream, train
-from minihyperflows.lab.studies.dhp_tables import widths_of
-from minihyperflows.lab.studies.dhp_tasks import EXPERIMENTS
-from minihyperflows.lab.studies.neighbour_methods import METHODS, Contest, Run
-from minihyperflows.lab.studies.neighbours import do, experiment_of
 from minihyperflows.nn import Module
 from minihyperflows.related.ranking import kept_fraction
+from minihyperflows.studies import gradient_flow_runs, neighbours
+from minihyperflows.studies import neighbour_methods as methods
+from minihyperflows.studies.dhp_runs import NETWORK, Course, from_scratch, stream, train
+from minihyperflows.studies.dhp_tables import widths_of
+from minihyperflows.studies.dhp_tasks import EXPERIMENTS
+from minihyperflows.studies.neighbour_methods import METHODS, Contest, Run
+from minihyperflows.studies.neighbours import do, experiment_of
 
 STEPS, EPOCHS = 8, 8  # of an epoch; of a run
 CONV = "conv-digits"

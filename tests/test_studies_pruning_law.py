@@ -12,9 +12,9 @@ import pytest
 
 from minihyperflows import Tensor, flows, lab, testing
 from minihyperflows import functional as F
-from minihyperflows.flows.gate import gated_layers, is_present
+from minihyperflows.flows.gates import gated_layers, is_present
 from minihyperflows.lab.records import read_records
-from minihyperflows.lab.studies import pruning_law as law
+from minihyperflows.studies import pruning_law as law
 
 WEIGHTS = 50_200
 SHORT = dataclasses.replace(

@@ -10,8 +10,8 @@ import pytest
 
 from minihyperflows import flows, lab, nn, optim
 from minihyperflows.lab.records import read_records
-from minihyperflows.lab.studies import regrowth
-from minihyperflows.lab.studies.regrowth import Pruned, decayed, main, travel
+from minihyperflows.studies import regrowth
+from minihyperflows.studies.regrowth import Pruned, decayed, main, travel
 
 SHORT = {"dense.epochs": 1, "pruning.epochs": 4, "regrowth.epochs": 2}
 HASTE = {"pressure.step": 1.0, "presence.lr": 0.02}

@@ -12,7 +12,7 @@ import pytest
 from minihyperflows import Tensor, flows, lab, nn, testing
 from minihyperflows import functional as F
 from minihyperflows.lab.records import read_records
-from minihyperflows.lab.studies import removal
+from minihyperflows.studies import removal
 
 SMOOTHING = 0.1
 

@@ -10,7 +10,7 @@ import pytest
 
 from minihyperflows import flows, lab, testing
 from minihyperflows.lab.records import read_records
-from minihyperflows.lab.studies import targets
+from minihyperflows.studies import targets
 
 SHORT = {"dense.epochs": 1, "pruning.epochs": 3, "regrowth.epochs": 1}
 SEED = ["--seeds", "1"]

@@ -17,8 +17,8 @@ from moments import Die, Hold, Moments
 from threadpoolctl import threadpool_limits
 
 from minihyperflows import lab
+from minihyperflows.cli import main
 from minihyperflows.lab import cluster, runs, sweep, workers
-from minihyperflows.lab.cli import main
 from minihyperflows.lab.records import read_records
 from minihyperflows.lab.sweep import parse_gammas, run_sweep
 from minihyperflows.lab.workers import Attempt, Event, Kind, carry_out, supervise

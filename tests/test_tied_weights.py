@@ -12,9 +12,9 @@ import pytest
 
 from minihyperflows import Tensor, flows, lab, nn, optim
 from minihyperflows import functional as F
-from minihyperflows.flows.flat import FlatTraining
-from minihyperflows.flows.gate import WeightGate, counts
-from minihyperflows.lab.cli import pruned_weights
+from minihyperflows.cli import pruned_weights
+from minihyperflows.flows.gates import WeightGate, counts
+from minihyperflows.flows.gpu.flat import FlatTraining
 from minihyperflows.nn import weight_groups
 from minihyperflows.nn.counting import flops, kept_weights, sparse_flops
 from minihyperflows.related import pruners, rounds

@@ -12,7 +12,7 @@ from minihyperflows import models
 
 torch = pytest.importorskip("torch")
 tF = torch.nn.functional  # noqa: N816 - as everybody writes it
-peers = pytest.importorskip("minihyperflows.lab.torch_peers")
+peers = pytest.importorskip("minihyperflows.bench.torch_peers")
 
 
 def twins(name, rng, dtype):

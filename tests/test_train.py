@@ -16,7 +16,7 @@ from minihyperflows import (
 )
 from minihyperflows.lab import UserError
 from minihyperflows.lab.recipes import PresenceTraining, PressureSettings, Regrowth, WeightTraining
-from minihyperflows.lab.train import trainable
+from minihyperflows.lab.training import trainable
 
 TINY = lab.Recipe(
     name="tiny",

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from minihyperflows import lab
+from minihyperflows.data.datasets import Dataset
 from minihyperflows.lab import checkpoint, plots, recipes, runs
-from minihyperflows.lab.data import Dataset
 
 IMAGES = 40
 NAME = "tiny"

@@ -1,6 +1,6 @@
 """Hyperflows: gates, pressure, and the dynamics between them."""
 
-from minihyperflows.flows.gate import (
+from minihyperflows.flows.gates import (
     KAPPA,
     attach,
     density,
@@ -11,7 +11,7 @@ from minihyperflows.flows.gate import (
     to_dense,
 )
 from minihyperflows.flows.law import PowerLaw, fit_power_law
-from minihyperflows.flows.pressure import pressure
+from minihyperflows.flows.pressures import pressure
 from minihyperflows.flows.recorder import FlowRecorder, LayerFlow
 from minihyperflows.flows.scheduler import PressureScheduler, density_trajectory
 from minihyperflows.flows.stages import Timeline, land

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from minihyperflows.engine.backend import Array, xp_of
-from minihyperflows.flows.gate import count_present, gated_layers, is_present
+from minihyperflows.flows.gates import count_present, gated_layers, is_present
 from minihyperflows.nn import Module
 
 

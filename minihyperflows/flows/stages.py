@@ -12,7 +12,7 @@ from numbers import Real
 
 from minihyperflows.engine.backend import Array, xp_of
 from minihyperflows.engine.errors import DoubtfulResultWarning
-from minihyperflows.flows.gate import count_present, is_present, presences
+from minihyperflows.flows.gates import count_present, is_present, presences
 from minihyperflows.nn import Module
 from minihyperflows.nn.counting import kept_weights
 

@@ -3,12 +3,12 @@
 The only floor that reads files, prints, and knows data sets by name.
 """
 
-from minihyperflows.lab.data import Dataset, load, make_shapes32, normalise
-from minihyperflows.lab.errors import UserError
+from minihyperflows.data.datasets import Dataset, load, make_shapes32, normalise
+from minihyperflows.errors import UserError
 from minihyperflows.lab.recipes import RECIPES, Recipe
 from minihyperflows.lab.runs import run
 from minihyperflows.lab.sweep import run_sweep
-from minihyperflows.lab.train import EpochRecord, Trainer, build_network, evaluate, train
+from minihyperflows.lab.training import EpochRecord, Trainer, build_network, evaluate, train
 
 __all__ = [
     "RECIPES",

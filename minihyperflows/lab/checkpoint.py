@@ -24,7 +24,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from minihyperflows.lab.errors import UserError
+from minihyperflows.errors import UserError
 
 FORMAT = "minihyperflows checkpoint 2"
 WITHOUT_CHECKSUM = "minihyperflows checkpoint 1"  # the format before; still read

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from minihyperflows.data.datasets import IMAGES
 from minihyperflows.engine import Tensor, no_grad
 from minihyperflows.engine.backend import to_device
-from minihyperflows.lab.data import IMAGES
-from minihyperflows.lab.errors import UserError
+from minihyperflows.errors import UserError
 from minihyperflows.lab.networks import build, unknown_names
 from minihyperflows.lab.recipes import Recipe, refuse
 from minihyperflows.nn import Module, weight_groups

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from minihyperflows.lab.errors import UserError
+from minihyperflows.errors import UserError
 from minihyperflows.lab.workers import (
     SECONDS_TO_WAIT,
     Attempt,

@@ -1,6 +1,6 @@
 """How a command of ours ends: never with a traceback for something that its user did.
 
-One place for ``minihyperflows`` and for ``python -m minihyperflows.lab.studies.NAME``. Exit status:
+One place for ``minihyperflows`` and for ``python -m minihyperflows.studies.NAME``. Exit status:
 0 done, 2 a user's error in one line on standard error, 130 interrupted. What is none of these is
 our mistake, and shows its traceback.
 
@@ -24,7 +24,7 @@ from typing import Any, NoReturn, TextIO, cast
 from tqdm import tqdm
 
 from minihyperflows.engine import DeviceError, DoubtfulResultWarning, NonFiniteLossError
-from minihyperflows.lab.errors import UserError
+from minihyperflows.errors import UserError
 
 DONE, WRONG, INTERRUPTED = 0, 2, 130
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from minihyperflows.errors import UserError
 from minihyperflows.lab import locks
 from minihyperflows.lab.checkpoint import (
     is_checkpoint,
@@ -25,7 +26,6 @@ from minihyperflows.lab.checkpoint import (
     to_json,
     write_json,
 )
-from minihyperflows.lab.errors import UserError
 
 PLOTS = ("accuracy_density", "pressure", "flips", "layers")
 LITTER = ("Thumbs.db", "desktop.ini")  # of file managers; others begin with a dot

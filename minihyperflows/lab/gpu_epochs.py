@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from minihyperflows import functional as F
+from minihyperflows.data.datasets import Dataset
+from minihyperflows.data.gpu.batches import DeviceData, device_data, load_batch
 from minihyperflows.engine import NonFiniteLossError, Tensor, no_grad
 from minihyperflows.engine.backend import cupy, to_numpy
-from minihyperflows.engine.gpu.batches import DeviceData, device_data, load_batch
 from minihyperflows.engine.gpu.capture import Replay, new_stream, on_stream
-from minihyperflows.engine.gpu.update import Counter
-from minihyperflows.flows.flat import FlatTraining
-from minihyperflows.lab.data import Dataset
+from minihyperflows.flows.gpu.flat import FlatTraining
+from minihyperflows.flows.gpu.update import Counter
 from minihyperflows.nn import Module
 from minihyperflows.nn.optim import Optimizer
 from minihyperflows.nn.restore import in_mode

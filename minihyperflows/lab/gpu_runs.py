@@ -17,10 +17,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from minihyperflows.emulator import emulated_gpu
 from minihyperflows.engine.backend import require_gpu
+from minihyperflows.errors import OutOfTimeError
 from minihyperflows.lab.console import Parser, run_command
-from minihyperflows.lab.emulator import emulated_gpu
-from minihyperflows.lab.errors import OutOfTimeError
 from minihyperflows.lab.folders import RunFolder
 from minihyperflows.lab.locks import locked
 from minihyperflows.lab.packs import PART_BYTES, ROUNDED, pack, restore_dense, unpack

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from minihyperflows.lab.errors import UserError
+from minihyperflows.errors import UserError
 
 if sys.platform == "win32":
     import msvcrt

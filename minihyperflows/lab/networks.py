@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from minihyperflows.data.datasets import NAMES
+from minihyperflows.errors import UserError
 from minihyperflows.lab import ranges
-from minihyperflows.lab.data import NAMES
-from minihyperflows.lab.errors import UserError
 from minihyperflows.nn import Module, models
 
 if TYPE_CHECKING:

@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from minihyperflows.errors import UserError
 from minihyperflows.lab.checkpoint import (
     load_checkpoint,
     save_checkpoint,
     to_json,
     write_atomically,
 )
-from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.folders import RunFolder, foreign
 
 PART_BYTES = 16_000_000  # of a part of a pack

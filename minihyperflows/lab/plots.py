@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from minihyperflows.flows.stages import DENSE, PRUNING, REGROWTH
-from minihyperflows.lab.train import EpochRecord
+from minihyperflows.lab.training import EpochRecord
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777"

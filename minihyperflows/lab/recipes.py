@@ -16,11 +16,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeAlias
 
+from minihyperflows.data.datasets import NAMES
+from minihyperflows.errors import UserError
 from minihyperflows.flows.scheduler import base_after_rises, cosine
 from minihyperflows.flows.stages import Timeline
 from minihyperflows.lab import ranges
-from minihyperflows.lab.data import NAMES
-from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.networks import MODELS, unknown_names
 from minihyperflows.lab.ranges import number, one_of, optional, plain, shown, whole, yes_or_no
 

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, cast
 
+from minihyperflows.errors import UserError
 from minihyperflows.lab.checkpoint import remove_temporary, write_atomically
-from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.folders import RunFolder, run_folder_of
 from minihyperflows.lab.locks import locked_file
 from minihyperflows.lab.recipes import Recipe

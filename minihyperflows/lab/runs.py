@@ -30,9 +30,11 @@ import numpy as np
 from tqdm import tqdm
 
 from minihyperflows import __version__
+from minihyperflows.data.datasets import Dataset, load
 from minihyperflows.engine import DoubtfulResultWarning, NonFiniteLossError
 from minihyperflows.engine.backend import cupy
-from minihyperflows.flows.gate import counts
+from minihyperflows.errors import OutOfTimeError, UserError
+from minihyperflows.flows.gates import counts
 from minihyperflows.flows.recorder import LayerFlow
 from minihyperflows.flows.stages import DENSE, REGROWTH
 from minihyperflows.lab import plots
@@ -45,12 +47,10 @@ from minihyperflows.lab.checkpoint import (
     write_json,
 )
 from minihyperflows.lab.checks import require_usable
-from minihyperflows.lab.data import Dataset, load
-from minihyperflows.lab.errors import OutOfTimeError, UserError
 from minihyperflows.lab.folders import RunFolder, locked, remove
 from minihyperflows.lab.locks import Lock
 from minihyperflows.lab.recipes import RECIPES, Recipe, find, flat
-from minihyperflows.lab.train import METRICS, EpochRecord, Trainer, build_network
+from minihyperflows.lab.training import METRICS, EpochRecord, Trainer, build_network
 from minihyperflows.nn import Module
 from minihyperflows.nn.counting import flops, sparse_flops
 

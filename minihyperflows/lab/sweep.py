@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from minihyperflows.data.datasets import load
 from minihyperflows.engine.backend import to_device
+from minihyperflows.errors import UserError
 from minihyperflows.lab.checkpoint import (
     is_temporary,
     named_path,
@@ -27,8 +29,6 @@ from minihyperflows.lab.checkpoint import (
 )
 from minihyperflows.lab.checks import require_usable
 from minihyperflows.lab.cluster import Cluster
-from minihyperflows.lab.data import load
-from minihyperflows.lab.errors import UserError
 from minihyperflows.lab.folders import RunFolder, foreign, is_sweep, json_in, locked, remove
 from minihyperflows.lab.locks import locked as lock_folder
 from minihyperflows.lab.recipes import Recipe, find

@@ -30,12 +30,12 @@ from tqdm import tqdm
 
 from minihyperflows.engine import DeviceError, DoubtfulResultWarning
 from minihyperflows.engine.threads import set_threads
-from minihyperflows.lab.errors import UserError
+from minihyperflows.errors import UserError
 from minihyperflows.lab.folders import RunFolder, locked
 from minihyperflows.lab.locks import WORKER, Holder
 from minihyperflows.lab.recipes import Recipe
 from minihyperflows.lab.runs import run
-from minihyperflows.lab.train import EpochRecord
+from minihyperflows.lab.training import EpochRecord
 
 ATTEMPTS = 3  # a run is given up when as many workers have died of it
 SECONDS_TO_WAIT = 1.0  # for news, at a time: on Windows Ctrl-C waits as long

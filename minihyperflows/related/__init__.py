@@ -4,8 +4,8 @@ from minihyperflows.related import dhp
 from minihyperflows.related.channels import ChannelGroup, channel_groups
 from minihyperflows.related.derivatives import Landscape, gradient, hessian_gradient_product
 from minihyperflows.related.filters import remove_filters
-from minihyperflows.related.importance import SCORES, importance
 from minihyperflows.related.rounds import prune_filters, prune_weights
+from minihyperflows.related.scores import SCORES, importance
 
 __all__ = [
     "SCORES",

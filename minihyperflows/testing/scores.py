@@ -11,7 +11,7 @@ from minihyperflows import functional as F
 from minihyperflows.engine.tensor import Tensor
 from minihyperflows.nn import BatchNorm2d, Conv2d, Flatten, Linear, Module, ReLU, Sequential
 from minihyperflows.related.derivatives import Landscape
-from minihyperflows.related.importance import LEVELS, layers_by_weight
+from minihyperflows.related.scores import LEVELS, layers_by_weight
 
 Scores: TypeAlias = Callable[[Module, np.ndarray, np.ndarray], Mapping[str, np.ndarray]]
 
@@ -28,7 +28,7 @@ def check_score(
     loss_order: int | None = None,
     rng: np.random.Generator | int = 0,
 ) -> None:
-    """Check a score of importance, a function like :func:`minihyperflows.related.importance`.
+    """Check a score of importance, a function like :func:`minihyperflows.related.scores`.
 
     ``score(net, x, labels)`` must have a real and finite array for the weight of every convolution
     and linear layer, under its name in ``net.named_parameters()``, and leave parameters, buffers

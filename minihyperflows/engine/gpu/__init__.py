@@ -1,4 +1,4 @@
-"""The fast paths of the GPU: one Python function for each kernel in ``engine/kernels``.
+"""The fast paths of the GPU: one Python function for each kernel in ``kernels``.
 
 Operations of the engine compute with NumPy's functions, which CuPy has too, so they run on a GPU as
 they are. Where speed counts they ask :func:`~minihyperflows.engine.gpu.launch.takes` first, and

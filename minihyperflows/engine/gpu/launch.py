@@ -1,4 +1,4 @@
-"""Compiling and launching the kernels in ``engine/kernels`` (chapter 14)."""
+"""Compiling and launching kernels (chapter 14): the engine's lie in ``engine/gpu/kernels``."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ SOURCES: dict[str, Source] = {}
 
 
 def kernel_folder() -> Traversable:
-    """Where the ``.cu`` and ``.cuh`` files are."""
-    return resources.files("minihyperflows.engine") / "kernels"
+    """Where the engine's ``.cu`` files are, and the headers that all share."""
+    return resources.files("minihyperflows.engine.gpu") / "kernels"
 
 
 def takes(*arrays: Array | None) -> bool:
@@ -78,18 +78,27 @@ class Source:
     """One file of kernels.
 
     Args:
-        file: its name in ``engine/kernels``.
+        file: its name.
         kernels: the instances of its templates that may be launched, as C++ writes them:
             ``"im2col<float, 4>"``.
+        package: where the file lies; by default it is one of the engine's.
     """
 
-    def __init__(self, file: str, kernels: Sequence[str]) -> None:
-        self.file, self.kernels = file, tuple(kernels)
+    def __init__(self, file: str, kernels: Sequence[str], package: str | None = None) -> None:
+        self.file, self.kernels, self.package = file, tuple(kernels), package
         SOURCES[file] = self
 
     def text(self) -> str:
         """The CUDA C++ of the file."""
-        return (kernel_folder() / self.file).read_text(encoding="utf-8")
+        return (self.folder() / self.file).read_text(encoding="utf-8")
+
+    def folder(self) -> Traversable:
+        """Where the file lies."""
+        return kernel_folder() if self.package is None else resources.files(self.package)
+
+    def options(self) -> tuple[str, ...]:
+        """The compiler's options; headers are looked for beside the file too."""
+        return (*OPTIONS, f"-I{kernel_folder()}", f"-I{self.folder()}")
 
     def launch(
         self,
@@ -113,8 +122,8 @@ class Source:
 
 @cache
 def _module(xp: ModuleType, device: int, source: Source) -> Any:
-    options = (*OPTIONS, f"-I{kernel_folder()}")
-    return xp.RawModule(code=source.text(), options=options, name_expressions=source.kernels)
+    code, names = source.text(), source.kernels
+    return xp.RawModule(code=code, options=source.options(), name_expressions=names)
 
 
 @cache

@@ -7,7 +7,7 @@ from minihyperflows.nn.models.mobilenet import (
     mobilenet_v1,
     mobilenet_v2,
 )
-from minihyperflows.nn.models.resnet import ResNet, resnet, resnet50
+from minihyperflows.nn.models.resnets import ResNet, resnet, resnet50
 from minihyperflows.nn.models.vgg import VGG, vgg13, vgg19
 
 __all__ = [

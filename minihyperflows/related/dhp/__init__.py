@@ -28,7 +28,7 @@ from minihyperflows.related.dhp.cost import (
     output_pixels,
     widths_at,
 )
-from minihyperflows.related.dhp.extract import extract, generated, reestimate_norms
+from minihyperflows.related.dhp.extraction import extract, generated, reestimate_norms
 from minihyperflows.related.dhp.layers import HyperLayer
 from minihyperflows.related.dhp.network import HyperNetwork, LatentCount, survivors
 from minihyperflows.related.dhp.search import Search, proximal_step

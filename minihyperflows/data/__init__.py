@@ -1,0 +1,1 @@
+"""Data sets: files and formats, the embedded digits, made shapes, augmentation, prefetching."""

@@ -1,0 +1,448 @@
+"""What a single weight is worth, exactly, and what its gate reports of it (chapter 06).
+
+The worth of weight i is the loss without it minus the loss with it, everything else as it is:
+
+    v_i = L(w'_i = 0) - L(w'_i = w_i)
+
+for a present weight the damage of removing it, for a removed one the gain of bringing it back. Run
+as a command, this module prunes LeNet-300 and at several moments correlates the worth of sampled
+weights with the estimates of it, per layer, for present and for removed weights::
+
+    python -m minihyperflows.studies.removal --data-dir DIR --out removal-lenet.csv
+
+A seed that is in the table already is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from minihyperflows.data.datasets import Dataset, load, normalise
+from minihyperflows.flows.gates import KAPPA, gated_layers, is_present
+from minihyperflows.flows.stages import DENSE, PRUNING
+from minihyperflows.lab.console import Parser
+from minihyperflows.lab.recipes import RECIPES, Recipe, find
+from minihyperflows.lab.records import adds_to_table, records_so_far, write_records
+from minihyperflows.lab.runs import provenance
+from minihyperflows.lab.training import EpochRecord, Trainer, build_network
+from minihyperflows.nn import Module
+from minihyperflows.studies.command import reporting
+
+LAYERS = ("fc1", "fc2", "fc3")
+DENSITIES = (0.5, 0.2, 0.05)  # moments: the first epochs to end at or below these, and the last
+FEWEST = 20  # weights from which on a correlation is worth reporting
+
+# -- rank correlation ----------------------------------------------------------------------------
+
+
+def ranks(x: np.ndarray) -> np.ndarray:
+    """1 for the smallest number, 2 for the next; equal numbers share the mean of their ranks."""
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[inverse]
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """The correlation of the ranks of x and y (n,), (6.13); NaN if one of them is constant."""
+    a, b = (r - r.mean() for r in (ranks(x), ranks(y)))
+    norm = math.sqrt((a @ a) * (b @ b))
+    return float(a @ b / norm) if norm else math.nan
+
+
+def interval(rho: float, n: int) -> tuple[float, float]:
+    """A 95 % interval for a rank correlation of n pairs: artanh rho has variance 1.06 / (n - 3)
+    (Fieller, Hartley, Pearson 1957)."""
+    center = math.atanh(min(max(rho, -1 + 1e-12), 1 - 1e-12))
+    half = 1.96 * math.sqrt(1.06 / (n - 3))
+    return math.tanh(center - half), math.tanh(center + half)
+
+
+def dominance(
+    a: np.ndarray, b: np.ndarray, rng: np.random.Generator, resamples: int = 400
+) -> tuple[float, float, float]:
+    """P(a > b) - P(a < b) for a number of each, and a 95 % interval from resampling both."""
+    signs = np.sign(a[:, None] - b)  # (n_a, n_b)
+    counts = [rng.multinomial(len(x), np.full(len(x), 1 / len(x)), resamples) for x in (a, b)]
+    drawn = ((counts[0] @ signs) * counts[1]).sum(axis=1) / signs.size
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return float(signs.mean()), float(low), float(high)
+
+
+# -- the exact worth -----------------------------------------------------------------------------
+
+
+class Probe:
+    """A LeNet-300 on a fixed set of images, in float64, with the loss of every single flip.
+
+    With z = W' a + b a layer's pre-activations, flipping weight (i, j) moves the one column z_i by
+    -+ w_ij a_j, (6.7): only what depends on that column is computed again.
+
+    Attributes:
+        weight, present, used: by layer, w (out, in), its mask, and w' = w m.
+        inputs, z: by layer, a (n, in) and z (n, out).
+        loss: mean cross-entropy over the images.
+    """
+
+    def __init__(
+        self, net: Module, x: np.ndarray, labels: np.ndarray, smoothing: float = 0.0
+    ) -> None:
+        layers = {name: getattr(net, name) for name in LAYERS}
+        self.weight = {k: v.weight.data.astype(np.float64) for k, v in layers.items()}
+        gated = gated_layers(net)
+        self.present = {
+            k: is_present(gated[k].presence.data) if k in gated else np.ones(w.shape, bool)
+            for k, w in self.weight.items()
+        }
+        self.used = {k: w * self.present[k] for k, w in self.weight.items()}
+        bias = {k: v.bias.data.astype(np.float64) for k, v in layers.items()}
+        a = x.reshape(len(x), -1).astype(np.float64)
+        self.inputs, self.z = {}, {}
+        for name in LAYERS:
+            self.inputs[name] = a
+            self.z[name] = a @ self.used[name].T + bias[name]
+            a = np.maximum(self.z[name], 0)
+        self.q = _targets(labels, self.z["fc3"].shape[1], smoothing)  # (n, classes)
+        self.p, losses = _softmax_loss(self.z["fc3"], self.q)
+        self.loss = float(losses.mean())
+        self._losses = losses
+
+    def gradient(self, name: str, examples: bool = False) -> np.ndarray:
+        """g = dL/dw' (out, in) of every weight of a layer, present or removed.
+
+        With ``examples``, the cotangents dL_n/dz (n, out) of the single images instead:
+        g = cotangents^T a / n.
+        """
+        c = self.p - self.q
+        for above, here in zip(LAYERS[::-1], LAYERS[-2::-1], strict=False):
+            if name == above:
+                break
+            c = (c @ self.used[above]) * (self.z[here] > 0)
+        return c if examples else c.T @ self.inputs[name] / len(c)
+
+    def curvature(self, name: str) -> np.ndarray:
+        """d2L/dw'^2 (out, in), the diagonal of the Hessian, (6.9).
+
+        The logits are piecewise linear in w', so it is mean_n a_j^2 J_i^T (diag p - p p^T) J_i with
+        J_i = d logits / d z_i.
+        """
+        n, classes = self.p.shape
+        jacobian = np.broadcast_to(np.eye(classes), (n, classes, classes))  # (n, classes, out)
+        for above, here in zip(LAYERS[::-1], LAYERS[-2::-1], strict=False):
+            if name == above:
+                break
+            jacobian = (jacobian @ self.used[above]) * (self.z[here] > 0)[:, None, :]
+        mean = np.einsum("nc,nco->no", self.p, jacobian)
+        variance = np.einsum("nc,nco->no", self.p, jacobian**2) - mean**2
+        return variance.T @ self.inputs[name] ** 2 / n
+
+    def second_order(self, name: str) -> np.ndarray:
+        """The worth (out, in) of all weights of a layer to second order, (6.4)."""
+        w = self.weight[name]
+        bend = np.where(self.present[name], 0.5, -0.5) * w**2 * self.curvature(name)
+        return bend - w * self.gradient(name)
+
+    def flip(self, name: str, i: int, j: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Flip the weights (i, j_1), (i, j_2), ... of a layer, each by itself.
+
+        Returns the worth of each for every image (n, k), and the gradient g (k,) by it on the other
+        side: at 0 for a present weight, at w for a removed one.
+        """
+        a = self.inputs[name][:, j]  # (n, k)
+        sign = np.where(self.present[name][i, j], -1.0, 1.0)
+        moved = self.z[name][:, i, None] + sign * self.weight[name][i, j] * a  # (n, k)
+        if name == "fc3":
+            p, change = self._changed_logit(i, moved)
+            cotangent = p - self.q[:, i, None]
+        else:
+            before = self.z[name][:, i, None]
+            cotangent, change = np.zeros_like(moved), np.zeros_like(moved)
+            live = np.flatnonzero((moved > 0).any(axis=1) | (before[:, 0] > 0))
+            hidden = np.maximum(moved[live], 0) - np.maximum(before[live], 0)
+            cotangent[live], change[live] = self._changed_hidden(name, i, live, hidden)
+            cotangent *= moved > 0
+        return -sign * change, (cotangent * a).mean(axis=0)
+
+    def _changed_logit(self, i: int, moved: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """p_i and the change of the loss (n, k) when logit i becomes ``moved``."""
+        delta, p = moved - self.z["fc3"][:, i, None], self.p[:, i, None]
+        growth = p * np.expm1(delta)  # sum of the exponentials: 1 -> 1 + growth
+        return p * np.exp(delta) / (1 + growth), np.log1p(growth) - self.q[:, i, None] * delta
+
+    def _changed_hidden(
+        self, name: str, i: int, live: np.ndarray, change: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """dL_n/dh_i and the change of L_n (m, k) when hidden unit i does by ``change`` (m, k), for
+        the m images at ``live``."""
+        q, last, above = self.q[live, None], self.used["fc3"], self.used["fc2"]
+        logits, losses = self.z["fc3"][live, None], self._losses[live, None]
+        if name == "fc2":
+            p, changed = _softmax_loss(logits + change[..., None] * last[:, i], q)
+            return (p - q) @ last[:, i], changed - losses
+        z2 = self.z["fc2"][live, None] + change[..., None] * above[:, i]  # (m, k, 100)
+        difference = np.maximum(z2, 0) - self.inputs["fc3"][live, None]
+        p, changed = _softmax_loss(logits + difference @ last.T, q)
+        return ((p - q) @ last * (z2 > 0)) @ above[:, i], changed - losses
+
+
+def _targets(labels: np.ndarray, classes: int, smoothing: float) -> np.ndarray:
+    return (1 - smoothing) * np.eye(classes)[labels] + smoothing / classes
+
+
+def _softmax_loss(logits: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Softmax and cross-entropy with the targets q over the last axis."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    exponentials = np.exp(shifted)
+    total = exponentials.sum(axis=-1, keepdims=True)
+    losses = np.log(total[..., 0]) - (q * shifted).sum(axis=-1)
+    return exponentials / total, losses
+
+
+def worths(probe: Probe, name: str, places: np.ndarray) -> dict[str, np.ndarray]:
+    """Of the weights at ``places`` (flat, ascending) (k,): the worth, the gradient on the other
+    side, and the worth over every second image and over the others."""
+    rows, columns = np.divmod(places, probe.weight[name].shape[1])
+    parts: dict[str, list[np.ndarray]] = {"worth": [], "other": [], "even": [], "odd": []}
+    for i, j in _by_row(rows, columns):
+        worth, other = probe.flip(name, i, j)
+        values = (worth.mean(axis=0), other, worth[::2].mean(axis=0), worth[1::2].mean(axis=0))
+        for part, value in zip(parts.values(), values, strict=True):
+            part.append(value)
+    return {name: np.concatenate(part) for name, part in parts.items()}
+
+
+def _by_row(rows: np.ndarray, columns: np.ndarray, most: int = 8) -> Iterator[tuple]:
+    """Pairs (row, columns in it), at most ``most`` columns at a time."""
+    for i in np.unique(rows):
+        j = columns[rows == i]
+        for start in range(0, len(j), most):
+            yield i, j[start : start + most]
+
+
+# -- what the gate reports -----------------------------------------------------------------------
+
+
+class WatchingTrainer(Trainer):
+    """A trainer that adds up the flux of every weight over the steps of an epoch.
+
+    Attributes:
+        history: the worth of all weights to second order on the images of ``watch``, by layer, at
+            the end of each epoch with gates.
+    """
+
+    def watch(self, x: np.ndarray, labels: np.ndarray) -> None:
+        """Use these images for the worth."""
+        self.images = x, labels
+        self.history: list[dict[str, np.ndarray]] = []
+
+    def probe(self) -> Probe:
+        """The network as it is, on the images of :meth:`watch`."""
+        return Probe(self.net, *self.images, self.recipe.pruning.label_smoothing)
+
+    def run_epoch(self) -> EpochRecord:
+        self.steps = 0
+        self.flux_sum: dict[str, np.ndarray] = {}
+        self.square_sum: dict[str, np.ndarray] = {}
+        record = super().run_epoch()
+        if self.steps:
+            probe = self.probe()
+            self.history.append({k: probe.second_order(k).astype(np.float32) for k in LAYERS})
+        return record
+
+    def _step(self, stage: str) -> None:
+        if stage != DENSE:
+            layers = gated_layers(self.net)
+            share = self._gamma(stage) / sum(layer.weight.size for layer in layers.values())
+            for name, layer in layers.items():
+                flux = np.asarray(layer.presence.grad) - share
+                self.flux_sum[name] = self.flux_sum.get(name, 0) + flux
+                self.square_sum[name] = self.square_sum.get(name, 0) + flux * flux
+            self.steps += 1
+        super()._step(stage)
+
+
+def estimates(
+    probe: Probe, trainer: WatchingTrainer, name: str, places: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The worth of the weights at ``places`` and everything that is to be compared with it.
+
+    worth: exact. first: -w g, which is minus the flux over kappa. second: with the curvature.
+    other: -w g on the other side of the flip. both: the mean of first and other. magnitude: |w|.
+    After steps with gates also presence: t. aggregated: minus the mean flux over the steps of the
+    epoch, over kappa. signal: minus the mean flux over its root mean square. earlier: the worth to
+    second order one epoch earlier; average: its mean over the ends of all pruning epochs but this
+    one. No estimates: even,
+    odd, the worth over half of the images each; noise, the standard deviation of -w g in a batch
+    of 128 over the size of its mean.
+    """
+    at = np.unravel_index(places, probe.weight[name].shape)
+    w = probe.weight[name][at]
+    exact = worths(probe, name, places)
+    first, other = -w * probe.gradient(name)[at], -w * exact["other"]
+    cotangents, inputs = probe.gradient(name, examples=True), probe.inputs[name]
+    spread = abs(w) * (cotangents[:, at[0]] * inputs[:, at[1]]).std(axis=0) / math.sqrt(128)
+    columns = exact | {"first": first, "second": probe.second_order(name)[at], "other": other}
+    columns |= {"both": (first + other) / 2, "magnitude": abs(w)}
+    columns["noise"] = spread / np.maximum(abs(first), 1e-300)
+    if trainer.steps and name in trainer.flux_sum:
+        mean = trainer.flux_sum[name][at].astype(np.float64) / trainer.steps
+        square = trainer.square_sum[name][at].astype(np.float64) / trainer.steps
+        columns["presence"] = gated_layers(trainer.net)[name].presence.data[at].astype(np.float64)
+        columns["aggregated"] = -mean / KAPPA
+        columns["signal"] = -mean / np.sqrt(np.maximum(square, 1e-300))
+        past = [epoch[name][at].astype(np.float64) for epoch in trainer.history[:-1]]
+        if past:
+            columns["earlier"], columns["average"] = past[-1], np.mean(past, axis=0)
+    return columns
+
+
+def compare(columns: dict[str, np.ndarray]) -> Iterator[dict[str, Any]]:
+    """A row for each estimate: its rank correlation with the worth, how often its sign is right
+    (of the weights whose worth is not 0), and the ratio of the sums. In each of them also what does
+    not depend on the estimate, with ``rho_average`` the rank correlation of the estimate with the
+    average worth in the past, and ``halves``, the rank correlation of the worth over half of the
+    images with that over the other half: what is to be had, with so few images."""
+    worth = columns["worth"]
+    general = {
+        "weights": len(worth),
+        "helpful": float((worth > 0).mean()),
+        "mean_worth": float(worth.mean()),
+        "noise": float(np.median(columns["noise"])),
+        "halves": spearman(columns["even"], columns["odd"]),
+    }
+    average = columns.get("average", np.full(len(worth), math.nan))
+    for name, values in columns.items():
+        if name in ("worth", "noise", "even", "odd"):
+            continue
+        rho = spearman(values, worth)
+        if math.isnan(rho):
+            continue
+        low, high = interval(rho, len(worth))
+        counted = worth != 0
+        sign = float((np.sign(values) == np.sign(worth))[counted].mean())
+        ratio = float(values.sum() / worth.sum())
+        row = {"estimate": name, "rho": rho, "low": low, "high": high, "same_sign": sign}
+        past = {"rho_average": spearman(values, average) if "average" in columns else math.nan}
+        yield row | {"sum_ratio": ratio} | past | general
+
+
+# -- the study -----------------------------------------------------------------------------------
+
+
+def measure(
+    trainer: WatchingTrainer, sample: int, rng: np.random.Generator
+) -> Iterator[dict[str, Any]]:
+    """The rows of one moment: every layer, present and removed weights, every estimate; and as
+    estimate "mask" how much oftener a present weight is worth more than a removed one than less."""
+    probe = trainer.probe()
+    for name in LAYERS:
+        found: dict[str, np.ndarray] = {}
+        head = {"layer": name, "images": len(probe.q), "loss": probe.loss}
+        for state, mask in (("present", probe.present[name]), ("removed", ~probe.present[name])):
+            candidates = np.flatnonzero(mask)
+            if len(candidates) < FEWEST:
+                continue
+            size = min(sample, len(candidates))
+            places = np.sort(rng.choice(candidates, size, replace=False))
+            columns = estimates(probe, trainer, name, places)
+            found[state] = columns["worth"]
+            for row in compare(columns):
+                yield head | {"state": state} | row
+        if len(found) == 2:
+            rho, low, high = dominance(found["present"], found["removed"], rng)
+            row = {"state": "both", "estimate": "mask", "rho": rho, "low": low, "high": high}
+            yield head | row
+
+
+def study(
+    recipe: Recipe,
+    data: Dataset,
+    seed: int,
+    images: int = 3000,
+    sample: int = 300,
+    densities: Sequence[float] = DENSITIES,
+    progress: tqdm | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Prune with ``seed``, and measure at the end of the dense stage, when the density has come
+    down to each of ``densities``, and at the end of the pruning stage."""
+    rng = np.random.default_rng(seed)
+    draw = np.random.default_rng([seed, 6])  # of the samples: the run is that of ``prune``
+    trainer = WatchingTrainer(build_network(recipe, data, rng), data, recipe, rng)
+    chosen = np.sort(draw.choice(len(data.train_y), min(images, len(data.train_y)), replace=False))
+    trainer.watch(normalise(data.train_x[chosen], data, np.float64), data.train_y[chosen])
+    waiting = sorted(densities, reverse=True)
+    last = recipe.dense.epochs + recipe.timeline.pruning
+    while trainer.epoch < last:
+        record = trainer.run_epoch()
+        if progress is not None:
+            progress.update()
+        moment = None
+        if record.epoch == recipe.dense.epochs:
+            moment = DENSE
+        elif record.epoch == last:
+            moment = "end"
+        elif record.stage == PRUNING and waiting and record.density <= waiting[0]:
+            moment = f"{waiting[0]:g}"
+            waiting = [d for d in waiting if d < record.density]
+        if moment:
+            head = {"seed": seed, "moment": moment, "epoch": record.epoch}
+            head |= {"density": record.density, "test_accuracy": record.test_accuracy}
+            for row in measure(trainer, sample, draw):
+                yield head | row
+
+
+@reporting()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; see the module's text."""
+    parser = Parser(prog="python -m minihyperflows.studies.removal")
+    parser.add_argument("--recipe", default="lenet300-mnist", choices=sorted(RECIPES))
+    parser.add_argument("--data-dir")
+    parser.add_argument("--epochs-scale", type=float, default=0.5)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=3000)
+    parser.add_argument("--sample", type=int, default=300, help="weights per layer and state")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    run_study(options, _command(sys.argv[1:] if arguments is None else arguments))
+
+
+@adds_to_table
+def run_study(options: argparse.Namespace, command: str) -> None:
+    """Do the runs of the seeds that have no rows in the table yet."""
+    recipe = find(options.recipe).scaled(options.epochs_scale)
+    data = load(recipe.dataset, options.data_dir)
+    rows = records_so_far(options.out, ("seed", "moment", "layer", "estimate"))
+    done = {row["seed"] for row in rows}
+    missing = [seed for seed in range(options.seeds) if seed not in done]
+    epochs = recipe.dense.epochs + recipe.timeline.pruning
+    with tqdm(total=len(missing) * epochs, unit="epoch") as progress:
+        for seed in missing:
+            measured = study(recipe, data, seed, options.images, options.sample, progress=progress)
+            new = list(measured)
+            source = {"recipe": recipe.name, "dataset": recipe.dataset}
+            source |= provenance(f"{recipe.dtype}, measured in float64", command)
+            rows += [row | source for row in new]
+            write_records(options.out, rows, digits=6)
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """The command without the places of data and output, which differ from machine to machine."""
+    kept, skip = [], False
+    for word in arguments:
+        if not skip and word not in ("--data-dir", "--out"):
+            kept.append(word)
+        skip = word in ("--data-dir", "--out")
+    words = ["python", "-m", "minihyperflows.studies.removal", *kept]
+    return f"{shlex.join(words)} --data-dir DIR --out FILE"
+
+
+if __name__ == "__main__":
+    main()
