@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,8 @@ from minihyperflows import functional as F
 from minihyperflows.flows.gates import gated_layers, is_present
 from minihyperflows.lab.records import read_records
 from minihyperflows.studies import pruning_law as law
+
+RESULTS = Path(__file__).parents[1] / "chapters" / "results"
 
 WEIGHTS = 50_200
 SHORT = dataclasses.replace(
@@ -262,3 +265,14 @@ def test_the_exponent_is_that_of_the_points() -> None:
     assert np.isnan(law.exponent(points({0: 0.5}), 0.0, 0.5).interval[0])
     inside = [row for row in made if 0.01 < row["density"] <= 0.5]
     assert law.exponent(made, 0.01, 0.5).points == pytest.approx(len(inside) / 3)
+
+
+def test_runs_of_the_committed_record_are_not_repeated(tmp_path: Path) -> None:
+    """They were made when the module had another name."""
+    out = tmp_path / "law.csv"
+    shutil.copy(RESULTS / "pruning-law.csv", out)
+    before = read_records(out)
+    rows = law.study(out, law.SETTINGS["lenet300-mnist"], methods=["magnitude"], seeds=[0, 1, 2])
+    assert rows == before
+    law.join([RESULTS / "pruning-law.csv"], out)
+    assert len(read_records(out)) == len(before)

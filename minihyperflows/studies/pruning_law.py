@@ -43,7 +43,6 @@ import shlex
 import time
 from collections.abc import Callable, Generator, Sequence
 from itertools import islice, pairwise
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -458,7 +457,7 @@ def study(
     for seed in seeds:
         for method in methods:
             command = _command(setting, method, seed)
-            if any(row["command"] == command for row in rows):
+            if any(_identity(row) == _identity({"command": command}) for row in rows):
                 continue
             data = data or load(setting.recipe.dataset, data_dir)
             recipe = setting.timed(method)
@@ -485,7 +484,7 @@ class _Meter:
 
 
 def _command(setting: Setting, method: str, seed: int) -> str:
-    """What repeats one run; also its identity."""
+    """What repeats one run."""
     words = ["--recipe", setting.recipe.name, "--methods", method, "--seeds", str(seed)]
     words += ["--dense-epochs", str(setting.recipe.dense.epochs)]
     if method == "pressure":
@@ -496,10 +495,15 @@ def _command(setting: Setting, method: str, seed: int) -> str:
     return shlex.join(["python", "-m", MODULE, *words]) + " --data-dir DIR --out FILE"
 
 
+def _identity(row: Row) -> str:
+    """What identifies a run: the options of its command. The module has had other names."""
+    return str(row["command"]).partition(" --")[2]
+
+
 @adds_to_table
 def join(files: Sequence[Path], out: Path) -> None:
     """Add the rows of several files to ``out``, each run once."""
-    rows = join_records(out, files, itemgetter("command"), RECORD)
+    rows = join_records(out, files, _identity, RECORD)
     order = {method: number for number, method in enumerate(METHODS)}
     rows.sort(key=lambda row: (row["recipe"], order[row["method"]], row["seed"], row["step"]))
     write_records(out, rows, digits=6)
