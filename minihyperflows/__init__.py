@@ -7,9 +7,14 @@ The floors, in reading order; each imports only from those before it:
     nn           modules, layers, initial values, optimisers, models
     flows        the subject: gates, pressure, the scheduler, stages, the power law
     related      the neighbours: importance scores, gradient flow, DHP
-    lab          running experiments: data, recipes, training, runs, plots, the command line
+    testing      public checks, which the tests and the book's exercises use
+    data         data sets, their files and their augmentation
+    lab          running experiments: recipes, training, runs, sweeps, plots
+    studies      the long experiments behind the chapters
+    bench        how fast, beside PyTorch and on a GPU
+    cli          the command line
 
-``testing`` holds the public checks that the tests and the book's exercises use.
+``emulator`` is a GPU for those who have none.
 """
 
 from minihyperflows import flows, functional, nn, related, testing

@@ -1,7 +1,4 @@
-"""Running experiments: data, recipes, training, runs, plots, the command line.
-
-The only floor that reads files, prints, and knows data sets by name.
-"""
+"""Running experiments: recipes, training, runs, sweeps, plots."""
 
 from minihyperflows.data.datasets import Dataset, load, make_shapes32, normalise
 from minihyperflows.errors import UserError
