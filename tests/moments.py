@@ -165,6 +165,8 @@ def die_before_writing(name: str, n: int) -> None:
 
 
 def main(what: str, *command: str) -> int:
+    # what a shell starts in the background may ignore Ctrl-C, and its children with it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     ((kind, arguments),) = json.loads(what).items()
     if kind == "die":
         die_before_writing(*arguments)
