@@ -419,9 +419,9 @@ def test_places_that_are_no_folders(tmp_path: Path, capsys: pytest.CaptureFixtur
         for name in ("file", "file/run", "n" * 300, "a/" + "n" * 300):
             line = refused([*command, "--out", f"{tmp_path}/{name}"], capsys)
             assert "cannot " in line
-    with pytest.raises(lab.UserError, match="cannot .* null"):
+    with pytest.raises(lab.UserError, match=r"cannot .* null"):
         lab.run(RECIPE, tmp_path / "null\0character", progress=False)
-    with pytest.raises(lab.UserError, match="cannot .* null"):
+    with pytest.raises(lab.UserError, match=r"cannot .* null"):
         sweep.run_sweep(RECIPE, (1,), tmp_path / "null\0character", progress=False)
     assert contents(tmp_path) == {"file": b"mine"}
     assert len(list(tmp_path.iterdir())) == 1
