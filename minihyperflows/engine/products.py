@@ -11,9 +11,10 @@ from minihyperflows.engine.blas import one_blas_thread
 from minihyperflows.engine.memory import empty
 from minihyperflows.engine.threads import for_blocks
 
-# Multiplications of a block, at least: a tenth of a millisecond or more, so that waking a second
-# thread pays.
-BLOCK = 1 << 23
+# Multiplications of a block, at least: half a millisecond or more, so that waking a second thread
+# pays. With 2^23 a step of LeNet-300, whose largest product has 2^25, took a quarter longer on two
+# threads than on one.
+BLOCK = 1 << 25
 
 # Rows or columns of a block, at least: with fewer, reading the other matrix costs more than
 # multiplying by it.
