@@ -13,6 +13,11 @@ class UserError(Exception):
         super().__init__(" ".join(message.splitlines()))
 
 
+def reason_of(error: Exception) -> str:
+    """What went wrong, as the system words it, without the number and the file's name."""
+    return str(getattr(error, "strerror", None) or error)
+
+
 class FormatError(ValueError):
     """What is wrong inside a file, worded so that the file's name can stand before it."""
 

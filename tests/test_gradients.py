@@ -5,14 +5,13 @@ Adding a Function without a row here fails ``test_every_function_has_a_row``.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
+from functions import functions_of_the_package
 
 import minihyperflows as mh
 from minihyperflows import flows, testing
@@ -147,24 +146,6 @@ ABSTRACT = {ops.Elementwise, ops.Reduction, pooling.Pool2d}
 
 ids = [f"{i}-{row.name}" for i, row in enumerate(ROWS)]
 every_row = pytest.mark.parametrize("row", ROWS, ids=ids)
-
-
-def functions_of_the_package() -> set[type[Function]]:
-    """Every subclass of Function that the package defines."""
-    for module in pkgutil.walk_packages(mh.__path__, "minihyperflows."):
-        if not module.name.endswith("__main__"):
-            try:
-                importlib.import_module(module.name)
-            except ModuleNotFoundError as error:
-                if error.name != "torch":  # which the networks to compare with need, and no more
-                    raise
-    return {f for f in subclasses(Function) if f.__module__.startswith("minihyperflows.")}
-
-
-def subclasses(cls: type) -> Iterator[type]:
-    for subclass in cls.__subclasses__():
-        yield subclass
-        yield from subclasses(subclass)
 
 
 def test_every_function_has_a_row() -> None:

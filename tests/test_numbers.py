@@ -10,19 +10,20 @@ import inspect
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
+from functions import functions_behind, functions_of_the_package
 
 import minihyperflows as mh
 from minihyperflows import flows, lab, nn, optim
 from minihyperflows import functional as F
 from minihyperflows.engine import conv
 from minihyperflows.engine.backend import to_device
-from minihyperflows.engine.graph import Function, Intermediate
+from minihyperflows.engine.graph import Function
 from minihyperflows.engine.numbers import Arithmetic
 from minihyperflows.engine.ops import unbroadcast
 from minihyperflows.flows.gates import GatedWeight
@@ -215,21 +216,6 @@ def test_dtypes_and_values(name: str, rng: np.random.Generator) -> None:
                 )
 
 
-def functions_of(y: mh.Tensor) -> Iterator[Function]:
-    """All that made this tensor."""
-    waiting = [y.creator]
-    while waiting:
-        function = waiting.pop()
-        yield function
-        waiting += [x.creator for x in function.inputs if isinstance(x, Intermediate)]
-
-
-def subclasses(cls: type) -> Iterator[type]:
-    for subclass in cls.__subclasses__():
-        yield subclass
-        yield from subclasses(subclass)
-
-
 def test_the_table_is_complete(rng: np.random.Generator) -> None:
     named = {name.split(",")[0] for name in OPERATIONS}
     functions = {
@@ -239,8 +225,8 @@ def test_the_table_is_complete(rng: np.random.Generator) -> None:
     used = set()
     for operation in OPERATIONS.values():
         leaves = [mh.Tensor(draw(s, DOUBLE, rng), True) for s in operation.shapes]
-        used |= {type(f) for f in functions_of(operation.f(*leaves))}
-    defined = {f for f in subclasses(Function) if f.__module__.startswith("minihyperflows.")}
+        used |= functions_behind(operation.f(*leaves))
+    defined = functions_of_the_package()
     abstract = {f for f in defined if defined & set(f.__subclasses__())}
     assert used == defined - abstract
     for f in used:

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from functions import functions_behind, functions_of_the_package
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 import minihyperflows as mh
 from minihyperflows import functional as F
-from minihyperflows.engine import conv, memory, norm, ops, pooling
+from minihyperflows.engine import memory, ops, pooling
 from minihyperflows.engine.graph import Function
 
 try:
@@ -433,16 +434,6 @@ def test_gradients_are_those_of_pytorch(dtype: str, data: Any) -> None:
     assert_equal(our_gradients(program, arrays), torch_gradients(program, arrays), tolerance)
 
 
-def functions_behind(y: mh.Tensor) -> set[type[Function]]:
-    """The operations between ``y`` and its leaves."""
-    found, waiting = set(), [y.creator]
-    while waiting:
-        function = waiting.pop()
-        found.add(type(function))
-        waiting += function.parents()
-    return found
-
-
 def test_every_operation_is_tried() -> None:
     """A new Function of the engine belongs into OPS; what is missing there is named."""
     tried: set[type[Function]] = set()
@@ -450,15 +441,8 @@ def test_every_operation_is_tried() -> None:
         program = Program(((3,),), (Step(name, (0,) * len(op.shapes)),), (1,), (True,))
         leaves = [mh.Tensor(a, requires_grad=True) for a in leaf_values(program, float)]
         tried |= functions_behind(evaluate(program, leaves, "ours")[-1])
-    modules = (ops, conv, norm, pooling)
-    concrete = {
-        value
-        for module in modules
-        for value in vars(module).values()
-        if isinstance(value, type)
-        and issubclass(value, Function)
-        and value not in (Function, ops.Elementwise, ops.Reduction, pooling.Pool2d)
-    }
+    engine = {f for f in functions_of_the_package() if ".engine." in f.__module__}
+    concrete = engine - {Function, ops.Elementwise, ops.Reduction, pooling.Pool2d}
     assert concrete - tried == set()
 
 

@@ -66,14 +66,16 @@ def kept_by(
     held = _arrays(vars(function).values())
     if not held:
         return [], []
-    outside, versions = _arrays(given), []
+    kept = [Kept(array, look(array)) for array in _arrays(given) if _holds(held, array)]
+    versions = []
     for x, array in zip(inputs, arrays, strict=True):
         made = getattr(x, "creator", None) is not None
-        if type(array) is np.ndarray and (array.base is not None or not made):
-            outside.append(array)
-            if isinstance(getattr(x, "version", None), int) and _holds(held, array):
+        outside = type(array) is np.ndarray and (array.base is not None or not made)
+        if outside and _holds(held, array):
+            kept.append(Kept(array, look(array)))
+            if hasattr(x, "version"):  # a leaf
                 versions.append(Version(x, x.version))
-    return [Kept(array, look(array)) for array in outside if _holds(held, array)], versions
+    return kept, versions
 
 
 def _arrays(values: Iterable[Any]) -> list[np.ndarray]:

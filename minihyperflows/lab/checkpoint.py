@@ -24,7 +24,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from minihyperflows.errors import UserError
+from minihyperflows.errors import UserError, reason_of
 
 FORMAT = "minihyperflows checkpoint 2"
 WITHOUT_CHECKSUM = "minihyperflows checkpoint 1"  # the format before; still read
@@ -64,8 +64,7 @@ def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:
         _replace(target, content, durable)
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         kept = "; the previous file is untouched" if os.path.lexists(path) else ""
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {path}: {reason}{kept}") from error
+        raise UserError(f"cannot write {path}: {reason_of(error)}{kept}") from error
 
 
 def _replace(target: Path, content: bytes, durable: bool) -> None:
@@ -139,8 +138,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read {path}: {reason}; remove it or start over") from error
+        raise UserError(
+            f"cannot read {path}: {reason_of(error)}; remove it or start over"
+        ) from error
 
 
 # -- checkpoints ---------------------------------------------------------------------------------

@@ -27,8 +27,7 @@ def require_usable(recipe: Recipe, device: str = "cpu") -> None:
         UserError: lists the mistakes.
     """
     refuse(unknown_names(recipe.model, recipe.dataset, recipe.model_options))
-    if device != "cpu" and recipe.dtype != "float32":
-        raise UserError(f"{recipe.name} has {recipe.dtype} weights: a GPU trains float32 ones only")
+    require_dtype(recipe, device)
     kind = IMAGES[recipe.dataset]
     net = build(recipe, kind.classes, kind.shape, np.random.default_rng(0))
     try:
@@ -39,6 +38,12 @@ def require_usable(recipe: Recipe, device: str = "cpu") -> None:
             f"{recipe.model} cannot read the images of {recipe.dataset} ({size}): {error}"
         ) from error
     require_trainable(net, recipe, kind.shape, kind.train)
+
+
+def require_dtype(recipe: Recipe, device: str) -> None:
+    """Raise UserError unless ``device`` trains weights of the recipe's dtype."""
+    if device != "cpu" and recipe.dtype != "float32":
+        raise UserError(f"{recipe.name} has {recipe.dtype} weights: a GPU trains float32 ones only")
 
 
 def require_trainable(net: Module, recipe: Recipe, image: tuple[int, ...], images: int) -> None:

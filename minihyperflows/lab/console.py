@@ -24,7 +24,7 @@ from typing import Any, NoReturn, TextIO, cast
 from tqdm import tqdm
 
 from minihyperflows.engine import DeviceError, DoubtfulResultWarning, NonFiniteLossError
-from minihyperflows.errors import UserError
+from minihyperflows.errors import UserError, reason_of
 
 DONE, WRONG, INTERRUPTED = 0, 2, 130
 
@@ -62,7 +62,7 @@ def _status_of(work: Callable[[], int | None], after_interrupt: Callable[[], str
     except OSError as error:
         if error.filename is None:  # not about a file that somebody named
             raise
-        return _complain(f"cannot use {error.filename}: {error.strerror or error}")
+        return _complain(f"cannot use {error.filename}: {reason_of(error)}")
     except KeyboardInterrupt:
         _say(f"interrupted: {after_interrupt()}")
         return INTERRUPTED

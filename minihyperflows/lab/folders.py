@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from minihyperflows.errors import UserError
+from minihyperflows.errors import UserError, reason_of
 from minihyperflows.lab import locks
 from minihyperflows.lab.checkpoint import (
     is_checkpoint,
@@ -141,8 +141,7 @@ class RunFolder:
         try:
             self.plots.mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"cannot make the folder {self.path}: {reason}") from error
+            raise UserError(f"cannot make the folder {self.path}: {reason_of(error)}") from error
 
     def tidy(self) -> None:
         """Remove what killed processes left half-written; for who holds the folder's lock."""
@@ -218,8 +217,7 @@ def foreign(folder: Path, is_neutral: Callable[[Path], Any] = lambda entry: Fals
     except NotADirectoryError:
         raise UserError(f"cannot make the folder {folder}: a file is in the way") from None
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot use the folder {folder}: {reason}") from error
+        raise UserError(f"cannot use the folder {folder}: {reason_of(error)}") from error
 
 
 def _is_litter(entry: Path) -> bool:
@@ -313,4 +311,4 @@ def _file_checksum(file: Path) -> str:
     try:
         return hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {file}: {reason_of(error)}") from error

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from minihyperflows.errors import UserError
+from minihyperflows.errors import UserError, reason_of
 
 if sys.platform == "win32":
     import msvcrt
@@ -89,7 +89,7 @@ class Lock:
         except OSError as error:
             self.release()
             raise UserError(
-                f"cannot lock {what}: {error.strerror or error}; it takes a folder that can be "
+                f"cannot lock {what}: {reason_of(error)}; it takes a folder that can be "
                 "written to, on a drive that has locks (some network drives have none)"
             ) from error
         except BaseException:
@@ -248,8 +248,7 @@ def _make(folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         _remove_empty(missing)
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot make the folder {folder}: {reason}") from error
+        raise UserError(f"cannot make the folder {folder}: {reason_of(error)}") from error
     return missing
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, cast
 
-from minihyperflows.errors import UserError
+from minihyperflows.errors import UserError, reason_of
 from minihyperflows.lab.checkpoint import remove_temporary, write_atomically
 from minihyperflows.lab.folders import RunFolder, run_folder_of
 from minihyperflows.lab.locks import locked_file
@@ -146,7 +146,7 @@ def _text(path: Path | str) -> str:
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {path}: {reason_of(error)}") from error
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a table: it is no text") from None
 
@@ -231,7 +231,7 @@ def require_folder(path: Path) -> None:
     except (FileNotFoundError, NotADirectoryError):
         mode = None
     except OSError as error:  # a name that is too long, for example
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {path}: {reason_of(error)}") from error
     if not path.parent.is_dir():
         raise UserError(f"cannot write {path}: there is no folder {path.parent}")
     if mode is not None and stat.S_ISDIR(mode):

@@ -24,7 +24,7 @@ from minihyperflows.flows.gates import counts
 from minihyperflows.flows.gpu.update import Counter
 from minihyperflows.flows.recorder import FlowRecorder, LayerFlow
 from minihyperflows.flows.stages import DENSE, PRUNING, REGROWTH, far_landing, land
-from minihyperflows.lab.checks import gateable, require_trainable
+from minihyperflows.lab.checks import gateable, require_dtype, require_trainable
 from minihyperflows.lab.gpu_epochs import GpuEpochs, Steering
 from minihyperflows.lab.networks import build
 from minihyperflows.lab.recipes import PresenceTraining, Recipe, WeightTraining, find
@@ -470,10 +470,10 @@ def gpu_epochs(net: Module, data: Dataset, recipe: Recipe) -> GpuEpochs | None:
     Raises:
         UserError: the recipe's weights are not float32, which the GPU's kernels need.
     """
-    if net.parameters()[0].device == "cpu":
+    device = net.parameters()[0].device
+    if device == "cpu":
         return None
-    if recipe.dtype != "float32":
-        raise UserError(f"{recipe.name} has {recipe.dtype} weights: a GPU trains float32 ones only")
+    require_dtype(recipe, device)
     return GpuEpochs(net, data, recipe.batch_size, recipe.augment, recipe.gpu_dtype)
 
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from minihyperflows.engine import DeviceError, DoubtfulResultWarning
 from minihyperflows.engine.threads import set_threads
-from minihyperflows.errors import UserError
+from minihyperflows.errors import UserError, reason_of
 from minihyperflows.lab.folders import RunFolder, locked
 from minihyperflows.lab.locks import WORKER, Holder
 from minihyperflows.lab.recipes import Recipe
@@ -97,7 +97,7 @@ class Attempt:
         try:  # half a token is nobody's, so this needs no temporary file
             self.mark.write_text(self.token, encoding="utf-8")
         except OSError as error:
-            raise UserError(f"cannot write {self.mark}: {error.strerror or error}") from error
+            raise UserError(f"cannot write {self.mark}: {reason_of(error)}") from error
 
     def withdraw(self) -> None:
         """Let the attempt stop after its epoch, wherever it runs."""

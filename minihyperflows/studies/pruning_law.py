@@ -453,11 +453,12 @@ def study(
 ) -> list[Row]:
     """Do the runs that have no rows in ``out`` yet; returns all rows."""
     rows = records_so_far(out, RECORD)
+    finished = {_identity(row) for row in rows}
     data: Dataset | None = None
     for seed in seeds:
         for method in methods:
             command = _command(setting, method, seed)
-            if any(_identity(row) == _identity({"command": command}) for row in rows):
+            if _identity({"command": command}) in finished:
                 continue
             data = data or load(setting.recipe.dataset, data_dir)
             recipe = setting.timed(method)
