@@ -24,7 +24,10 @@ DEVICES = ("cpu", "cuda")
 
 def device_of(array: Array) -> str:
     """``"cuda"`` for a CuPy array, ``"cpu"`` for everything else (NumPy arrays, scalars, lists)."""
-    return "cuda" if type(array).__module__.partition(".")[0] == "cupy" else "cpu"
+    kind = type(array)
+    if kind is np.ndarray:  # asked some hundred times a step
+        return "cpu"
+    return "cuda" if kind.__module__.partition(".")[0] == "cupy" else "cpu"
 
 
 def xp_of(array: Array) -> ModuleType:

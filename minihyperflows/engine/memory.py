@@ -10,6 +10,7 @@ nobody refers to it.
 
 from __future__ import annotations
 
+import math
 import sys
 from threading import Lock
 from types import ModuleType
@@ -92,7 +93,7 @@ def empty(xp: ModuleType, shape: tuple[int, ...], dtype: Any) -> Array:
     CuPy has a pool of its own.
     """
     dtype = np.dtype(dtype)
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     if xp is not np or size < LEAST:
         return xp.empty(shape, dtype)
     return _pool.buffer(size).view(dtype).reshape(shape)

@@ -253,15 +253,15 @@ def apply(function: Function, *inputs: Any) -> Tensor:
         raise GraphError(f"this {function.name} was applied already: make a new one for each use")
     arrays = [x.data if isinstance(x, Tensor) else _constant(x) for x in inputs]
     _require_one_device(function, arrays)
-    needs = tuple(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+    needs = tuple([isinstance(x, Tensor) and x.requires_grad for x in inputs])
     recorded = is_recording() and any(needs)
     function.needs = needs if recorded else (False,) * len(needs)
     given = list(vars(function).values())
     output = Tensor(numbers.forward(function, arrays))
     if recorded:
-        function.inputs = tuple(_without_values(x) for x in inputs)
-        function.output_shape = output.shape
-        function.kept, function.versions = kept_by(function, function.inputs, arrays, given)
+        function.kept, function.versions = kept_by(function, inputs, arrays, given)
+        function.inputs = tuple([_without_values(x) for x in inputs])
+        function.output_shape = output.data.shape
         output.requires_grad, output.creator = True, function
     return output
 
@@ -269,7 +269,7 @@ def apply(function: Function, *inputs: Any) -> Tensor:
 def _without_values(x: Any) -> Any:
     """What the graph keeps of an input: leaves and constants as they are."""
     made = isinstance(x, Tensor) and x.creator is not None
-    return Intermediate(x.creator, x.shape, x.dtype) if made else x
+    return Intermediate(x.creator, x.data.shape, x.data.dtype) if made else x
 
 
 def _constant(value: Any) -> Any:

@@ -46,6 +46,9 @@ class Buffer(Tensor):
         super().__init__(array)
 
 
+CONTAINERS = (list, tuple, dict, set, frozenset)
+
+
 class Module:
     """A part of a network: call it on a tensor to get a tensor."""
 
@@ -78,7 +81,10 @@ class Module:
             TypeError: modules or parameters in a set, which has no order to name them by.
         """
         for name, value in vars(self).items():
-            yield from _items(name, value, ())
+            if isinstance(value, CONTAINERS):
+                yield from _items(name, value, ())
+            else:
+                yield name, value
 
     def children(self) -> Iterator[tuple[str, Module]]:
         """The modules directly inside this one, with their names."""

@@ -18,6 +18,7 @@ import numpy as np
 
 from minihyperflows.engine.backend import Array, to_device, to_numpy, xp_of
 from minihyperflows.engine.errors import ShapeError
+from minihyperflows.engine.memory import empty
 from minihyperflows.engine.numbers import computing_dtype
 from minihyperflows.engine.tensor import Tensor
 from minihyperflows.engine.threads import elementwise
@@ -131,7 +132,7 @@ class Optimizer:
         flat = [a.reshape(-1) for a in arrays]  # views, except a gradient in another order
 
         def work(theta: Array, gradient: Array, *slots: Array) -> None:
-            scratch = xp.empty((2, theta.size), dtype=dtype)
+            scratch = empty(xp, (2, theta.size), dtype)
             wide = theta.astype(dtype, copy=False)
             gradient = gradient.astype(computing_dtype(gradient.dtype), copy=False)
             self._update_block(wide, gradient, list(slots), step, scratch)
