@@ -208,6 +208,7 @@ def test_distinct_convolutions_of_the_networks():
     assert all(shape.flops[1] == 2 * shape.flops[0] for shape in [*shapes][1:])
 
 
+@pytest.mark.slow
 @needs_torch
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("network", ["lenet300", "vgg19", *large("resnet50")])

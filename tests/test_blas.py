@@ -303,6 +303,7 @@ def test_the_pool_has_as_many_threads_as_the_user_gives_blas():
     assert threads.threads() == 2
 
 
+@pytest.mark.slow
 @needs_blas
 @pytest.mark.parametrize("number", [1, 2])
 def test_the_environment_says_how_many(number):

@@ -67,6 +67,7 @@ class OneNumber(HyperLayer):
         return super().generate(z_in, z_out).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("broken", "message"),
     [

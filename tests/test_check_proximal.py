@@ -27,6 +27,7 @@ def hard_threshold(z: np.ndarray, tau: float) -> np.ndarray:
     return np.where(abs(z) > np.sqrt(2 * tau), z, np.zeros_like(z)) if tau else z.copy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("proximal", "penalty"),
     [

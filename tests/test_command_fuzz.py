@@ -238,6 +238,7 @@ def run_in(folder: Path, arguments: list[str], capsys) -> tuple[int, list[str]]:
     return status, said(capsys.readouterr().err)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_command_ends_well(part, few_digits, tmp_path, monkeypatch, capsys):
     statuses = []
@@ -270,6 +271,7 @@ def test_every_command_ends_well(part, few_digits, tmp_path, monkeypatch, capsys
         assert statuses.count(0) > len(statuses) // 20
 
 
+@pytest.mark.slow
 def test_recipes_from_random_files(rng):
     """Whatever JSON is in a recipe's file: a recipe, or one line that is about it."""
     made, messages = 0, []

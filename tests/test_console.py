@@ -155,6 +155,7 @@ def last_line(errors):
     return errors.replace("\r", "\n").rstrip("\n").split("\n")[-1]
 
 
+@pytest.mark.slow
 @posix
 @pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", "| head -1"])
 def test_a_run_is_done_whoever_listens(streams, tmp_path):
@@ -169,6 +170,7 @@ def test_a_run_is_done_whoever_listens(streams, tmp_path):
             assert b"lenet300-digits-gamma:" not in file.read_bytes()
 
 
+@pytest.mark.slow
 @posix
 @full
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -180,6 +182,7 @@ def test_a_full_device_is_told_after_the_run(unbuffered, tmp_path):
     assert (tmp_path / "run" / "summary.json").exists()
 
 
+@pytest.mark.slow
 @posix
 @full
 @pytest.mark.parametrize("command", ["recipes", "info", "--help", "prune --help", "--version"])
@@ -190,6 +193,7 @@ def test_lists_on_a_full_device(command, tmp_path):
     assert shell(f"MHF {command} > /dev/full 2>&1", tmp_path)[0] == 2
 
 
+@pytest.mark.slow
 @posix
 def test_a_study_ends_like_a_command(tmp_path):
     study = f"'{sys.executable}' -m minihyperflows.studies.targets"
@@ -201,6 +205,7 @@ def test_a_study_ends_like_a_command(tmp_path):
     assert shell(f"{study} --out x.csv --settings nonsense 2>&-", tmp_path)[0] == 2
 
 
+@pytest.mark.slow
 @posix
 @pytest.mark.parametrize("name", ["Grün 数据", "\udcff"])
 def test_any_name_under_an_ascii_locale(name, tmp_path):

@@ -20,6 +20,7 @@ COUNTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "classes", "weights", "affine", "operations"), COUNTS)
 def test_counts_are_the_published_ones(name, classes, weights, affine, operations):
     rng = np.random.default_rng(0)

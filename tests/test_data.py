@@ -602,6 +602,7 @@ HOSTILE: dict[str, bytes] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     monkeypatch.chdir(tmp_path)
@@ -659,6 +660,7 @@ def test_every_cut_of_an_idx_file_is_noticed(tmp_path: Path, gzipped: bool) -> N
         assert assert_sound_or_user_error("mnist", tmp_path), length
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dump", [python2, python3(2, True), python3(4, False)])
 def test_every_cut_of_a_batch_is_noticed(
     tmp_path: Path, dump: Callable[[dict[str, Any]], bytes]
@@ -674,6 +676,7 @@ def test_every_cut_of_a_batch_is_noticed(
         assert assert_sound_or_user_error("cifar10", tmp_path), length
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_random_damage_never_ends_in_another_exception(tmp_path: Path, seed: int) -> None:
     """Bytes changed, removed, doubled and moved, mostly where the structure is."""

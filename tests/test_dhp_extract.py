@@ -44,6 +44,7 @@ def test_below_the_threshold_is_not_zero() -> None:
     assert network.widths()["conv1"] == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet20", "mobilenet_v1", "mobilenet_v2"])
 def test_the_generated_network_computes_the_same(name: str) -> None:
     network = hyper_network(name, dtype=np.float64)
@@ -80,6 +81,7 @@ def test_extraction_cuts_what_was_generated() -> None:
     assert extract(network, other).state_dict()["conv1.weight"].shape == (5, 3, 3, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet20", "vgg13", "mobilenet_v1", "mobilenet_v2"])
 def test_without_biases_channels_with_latent_zero_can_go(name: str) -> None:
     """Nothing reads a channel whose latent is zero, so the cut changes nothing. With biases, which
@@ -99,6 +101,7 @@ def test_without_biases_channels_with_latent_zero_can_go(name: str) -> None:
         assert (difference < 1e-9) is not bias
 
 
+@pytest.mark.slow
 def test_reestimated_statistics_are_the_means_over_the_batches() -> None:
     net = generated(hyper_network("resnet20", dtype=np.float64))
     rng = np.random.default_rng(1)

@@ -31,6 +31,7 @@ from minihyperflows.related.dhp import (
 # -- which latents there are, and who shares them --------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [20, 56, 110])
 def test_residual_networks_share_a_latent_in_each_stage(depth: int) -> None:
     """Images, three stages, one hidden latent in each block; the stem is in the first stage."""

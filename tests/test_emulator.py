@@ -148,6 +148,7 @@ def test_threads_wait_for_each_other_at_barriers(xp, c_type: str, dtype: str) ->
     np.testing.assert_array_equal(to_numpy(y), expected.reshape(-1))
 
 
+@pytest.mark.slow
 def test_grids_and_blocks_have_three_dimensions(xp) -> None:
     out = xp.zeros((2, 3, 4, 2, 3, 5), np.int32)
     kernel("places")((4, 3, 2), (5, 3, 2), (out,))

@@ -87,6 +87,7 @@ def test_to_dense_is_the_same_function(seed: int, dtypes: Any) -> None:
     assert not flows.presences(net)
 
 
+@pytest.mark.slow
 @far
 @FEWER
 @given(SEEDS, DTYPES, st.floats(0, 1))
@@ -107,6 +108,7 @@ def test_landing_and_counting_agree(seed: int, dtypes: Any, target: float) -> No
     assert sparse_flops(dense, layers) == exact
 
 
+@pytest.mark.slow
 @FEWER
 @given(SEEDS, DTYPES, st.booleans())
 def test_states_go_round(seed: int, dtypes: Any, with_gates: bool) -> None:
@@ -126,6 +128,7 @@ def test_states_go_round(seed: int, dtypes: Any, with_gates: bool) -> None:
     assert not {id(p) for p in twin.parameters()} & {id(p) for p in net.parameters()}
 
 
+@pytest.mark.slow
 @FEWER
 @given(SEEDS, DTYPES)
 def test_the_recorder_counts_by_definition(seed: int, dtypes: Any) -> None:

@@ -624,6 +624,7 @@ def test_a_mistake_is_named_before_weights_go(
     assert len(list(prune_weights(task.net, 0.9, 2, idle, score))) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["magnitude", "loss_preservation", "grasp", "random"])
 def test_filters_go_in_rounds(score: str, rng: np.random.Generator) -> None:
     task = Digits(rng, convolutions=True)

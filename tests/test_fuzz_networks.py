@@ -101,6 +101,7 @@ def test_cutting_channels_is_masking_them() -> None:
                 assert_close(found, expected)
 
 
+@pytest.mark.slow
 def test_a_cut_network_has_the_same_groups() -> None:
     """As long as each keeps as many channels as it must."""
     for seed in seeds(40):
@@ -138,6 +139,7 @@ def spaces(facts: Facts, groups: Groups, widths: Mapping[str, int]) -> dict[int,
     return found
 
 
+@pytest.mark.slow
 def test_costs_are_counts() -> None:
     """Of the network, of a cut one as predicted and as it is then, and of weights."""
     for seed in seeds(40):
@@ -243,6 +245,7 @@ def in_precision(net: nn.Module, dtype: Any) -> nn.Module:
     return twin
 
 
+@pytest.mark.slow
 def test_second_derivatives_of_single_precision_networks_are_those_of_their_doubles() -> None:
     for seed in seeds(15):
         with named(seed):

@@ -54,6 +54,7 @@ def test_philox_takes_many_counters() -> None:
     np.testing.assert_array_equal(numbers[1], philox4x32(counters[1], key))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("counter", "key", "numbers"), KNOWN)
 def test_philox_of_the_kernels(gpu, counter: str, key: str, numbers: str) -> None:
     text = """
@@ -125,6 +126,7 @@ def by_definition(data: Dataset, places, order, augment=True, key=KEY, pad=4):
     return batch_in_numpy(*arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("augment", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("shape", SHAPES)

@@ -260,6 +260,7 @@ def test_beside_pytorch(emulator, one_thread):
     assert "PyTorch AMP, compiled" in bench_table.gpu_table(record)
 
 
+@pytest.mark.slow
 @needs_torch
 @pytest.mark.parametrize("memory_format", contenders.FORMATS)
 def test_pytorchs_gradients_are_those_of_the_cpu_benchmark(one_thread, memory_format):

@@ -197,6 +197,7 @@ MATRICES = [(1, 1), (1, 8), (5, 3), (7, 10), (130, 24), (33, 300), (600, 264), (
 MATRICES += [(70000, 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", MATRICES, ids=str)
 @pytest.mark.parametrize("dtype", TYPES)
 def test_bias_and_its_gradient(shape, dtype):

@@ -195,6 +195,7 @@ def test_evaluation_is_one_kernel(gpu, shape, dtype, residual, relu, monkeypatch
     assert_near({"y": y.data}, {"y": expected.numpy()}, dtype)
 
 
+@pytest.mark.slow
 def test_evaluation_can_be_differentiated(gpu):
     arrays = draw((6, 5), "float32")
     x = Tensor(to_device(arrays["x"], "cuda"), requires_grad=True)
@@ -205,6 +206,7 @@ def test_evaluation_can_be_differentiated(gpu):
     np.testing.assert_allclose(to_numpy(x.grad), slope, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_nan_is_not_lost(gpu):
     arrays = draw((6, 5), "float32")
     arrays["x"][4, 2] = np.nan

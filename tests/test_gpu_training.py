@@ -98,6 +98,7 @@ def test_evaluation_puts_every_mode_back(gpu, shapes):
     assert [module.training for module in modules] == modes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [TINY, VGG], ids=["lenet300", "vgg19, float16"])
 def test_one_seed_one_run_and_a_finished_network_is_an_ordinary_one(gpu, recipe, digits, shapes):
     data = digits if recipe is TINY else shapes
@@ -152,6 +153,7 @@ def test_a_replayed_step_is_the_step_bit_for_bit(gpu, shapes):
         assert (array == replayed[name]).all(), name
 
 
+@pytest.mark.slow
 def test_the_host_reads_nothing_within_an_epoch(gpu, shapes, monkeypatch):
     if gpu == "cuda":
         pytest.skip("a real GPU does not say when it is waited for")
@@ -173,6 +175,7 @@ def test_the_host_reads_nothing_within_an_epoch(gpu, shapes, monkeypatch):
     assert not [what for what in told if "reading" in what or "synchronize" in what]
 
 
+@pytest.mark.slow
 def test_the_count_of_batches_is_kept(gpu, shapes):
     trainer = trainer_of(VGG, shapes)
     trainer.run_epoch()

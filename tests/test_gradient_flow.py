@@ -94,6 +94,7 @@ def test_a_quadratic_has_a_closed_form(rng: np.random.Generator) -> None:
     assert states[-1].time == pytest.approx(2.0)
 
 
+@pytest.mark.slow
 def test_the_integrator_is_of_order_four(rng: np.random.Generator) -> None:
     land = landscape("tanh", rng)
     ends = {}
@@ -205,6 +206,7 @@ def test_what_has_moved_has_taken_off_loss(flow: Flow) -> None:
     assert ahead > 0.95 * states[1].loss_reduction.sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [0.0, 0.05])
 def test_the_reductions_add_up(decay: float, rng: np.random.Generator) -> None:
     """The C of all parameters are L(0) - L(t), as exactly as the integrator is."""

@@ -58,6 +58,7 @@ def test_nvrtc_will_see_every_file_of_kernels() -> None:
     assert {file.name for file in package.rglob("*.cu")} == set(SOURCES)
 
 
+@pytest.mark.slow
 @needs_nvrtc
 @every_architecture
 @pytest.mark.parametrize("file", ["bias.cu", *large(*sorted({*SOURCES} - {"bias.cu"}))])

@@ -120,6 +120,7 @@ def test_a_form_recovers_what_was_planted(name):
         assert low <= fit.parameters[parameter] <= high
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
 def test_the_criterion_picks_what_was_planted(name):
     rng = np.random.default_rng(1)

@@ -162,6 +162,7 @@ def test_cupy_is_named_in_the_backend_alone(name: str) -> None:
         assert "cupy" not in constants, f"{name} asks for cupy by name"
 
 
+@pytest.mark.slow
 def test_importing_the_package_loads_neither_cupy_nor_torch() -> None:
     code = "import sys, minihyperflows; print({'cupy', 'torch', 'sklearn'} & set(sys.modules))"
     result = subprocess.run(

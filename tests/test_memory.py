@@ -33,6 +33,7 @@ def test_memory_is_used_again_once_nobody_refers_to_it():
     assert address(empty(np, SHAPE[::-1], np.int32)) == place  # as many bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "look",
     [

@@ -128,6 +128,7 @@ def test_they_follow_their_formulas(training: Training) -> None:
     np.testing.assert_allclose(mine, reference, rtol=0, atol=round_off * scale_of(training, mine))
 
 
+@pytest.mark.slow
 @FEWER
 @given(trainings())
 def test_flushing_changes_nothing_above_round_off(training: Training) -> None:
@@ -140,6 +141,7 @@ def test_flushing_changes_nothing_above_round_off(training: Training) -> None:
     np.testing.assert_allclose(path, never.astype(np.float64), rtol=0, atol=atol)
 
 
+@pytest.mark.slow
 @FEWER
 @given(trainings(dtypes=(np.float32, np.float64)))
 def test_pytorch_agrees(training: Training) -> None:
@@ -159,6 +161,7 @@ def test_pytorch_agrees(training: Training) -> None:
     )
 
 
+@pytest.mark.slow
 @FEWER
 @given(trainings(), st.integers(1, 3 * FLUSH_EVERY))
 def test_a_training_goes_on_where_it_was_saved(training: Training, at: int) -> None:

@@ -121,6 +121,7 @@ def augmented_trainer():
     return Trainer(lab.build_network(recipe, data, rng), data, recipe, rng)
 
 
+@pytest.mark.slow
 def test_training_is_the_same_with_and_without_prefetching(monkeypatch):
     """Losses, weights and the state of the generator, to the last bit."""
     states = []

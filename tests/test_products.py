@@ -38,6 +38,7 @@ def whole(rng, shape, dtype):
 DTYPES = ["float32", "float64", "complex64", "complex128", "float16", "longdouble", "int64", "bool"]
 
 
+@pytest.mark.slow
 def test_any_shapes_and_dtypes(small_blocks, rng):
     cut = 0
     for case in range(600):

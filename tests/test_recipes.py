@@ -345,6 +345,7 @@ def test_what_is_known_of_data_sets_fits_the_recipes(name):
         require_usable(recipe)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits", "shapes32"])
 def test_what_is_known_of_data_sets_is_so(name):
     data, known = lab.load(name), IMAGES[name]

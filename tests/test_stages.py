@@ -125,6 +125,7 @@ def best_moves(t, change):
     return min(sets, key=lambda chosen: (sorted(abs(t[i]) for i in chosen), chosen))
 
 
+@pytest.mark.slow
 @far
 @given(presences_of_layers(), st.floats(0, 1) | st.sampled_from([0, 1, 0.5, np.float32(0.25)]))
 def test_landing_moves_the_fewest_and_nearest_across(arrays, target):

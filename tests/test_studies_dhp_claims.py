@@ -355,6 +355,7 @@ def test_auc() -> None:
     assert math.isnan(dhp_runs.survival_auc(np.ones(4), np.ones(4, bool)))
 
 
+@pytest.mark.slow
 def test_on_a_gpu_the_same_happens(gpu: str) -> None:
     experiment = dataclasses.replace(EXPERIMENTS["mlp-digits"], images=128, budget=4, search=2)
     found = {}

@@ -236,6 +236,7 @@ def test_filters_and_their_controls(network: str, shapes: lab.Dataset) -> None:
         assert np.isfinite([row["loss_after"], row["loss_area"], row["gradient_ratio"]]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize(("start", "rounds", "left"), [(1, 1, False), (0, 2, True)])
 def test_controls_of_a_training_that_fails(

@@ -267,6 +267,7 @@ def test_the_exponent_is_that_of_the_points() -> None:
     assert law.exponent(made, 0.01, 0.5).points == pytest.approx(len(inside) / 3)
 
 
+@pytest.mark.slow
 def test_runs_of_the_committed_record_are_not_repeated(tmp_path: Path) -> None:
     """They were made when the module had another name."""
     out = tmp_path / "law.csv"

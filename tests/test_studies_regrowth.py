@@ -113,6 +113,7 @@ def test_removed_weights_decay_as_the_closed_form_says(short: None) -> None:
     assert abs(pruned.without_velocity[gone]).mean() < abs(pruned.weight_removed[gone]).mean()
 
 
+@pytest.mark.slow
 def test_regrowth_continues_where_pruning_ended(short: None) -> None:
     pruned, data = prune()
     slow, _ = regrowth.regrow(pruned, 0.0, data, seed=2)

@@ -124,6 +124,7 @@ def test_bad_gammas(text, words):
 # -- sweeps --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_sweep_and_its_table(here, tmp_path, capsys):
     found = run_sweep(RECIPE, (0.25, 64), tmp_path / "s", seeds=2)
     assert here == ["gamma-0.25-seed0", "gamma-0.25-seed1", "gamma-64-seed0", "gamma-64-seed1"]
@@ -424,6 +425,7 @@ def test_what_a_cluster_was_doing_stops_when_the_sweep_does(dask_cluster, tmp_pa
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
+@pytest.mark.slow
 @needs_dask
 def test_no_scheduler_at_the_address(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cluster, "SECONDS_TO_CONNECT", 1)

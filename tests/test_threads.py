@@ -100,6 +100,7 @@ def test_a_forked_process_has_its_own_pool():
     assert os.waitpid(child, 0)[1] == 0
 
 
+@pytest.mark.slow
 def test_elementwise_and_add():
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((2, 3, BLOCK))

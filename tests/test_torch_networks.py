@@ -66,6 +66,7 @@ def worst_error(found, expected):
     return max(relative_error(found[k], expected[k]) for k in expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gradients_in_float64_are_those_of_pytorch(name):
     """To 1e-9 of the largest entry of each gradient; running statistics too."""
@@ -167,6 +168,7 @@ def chosen(x, place):
 ROUND_OFF = {"lenet300": 2e-6, "vgg19": 1e-4, "resnet20": 5e-5, "resnet50": 5e-4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("seed", range(3))
 def test_gradients_in_float32_are_exact_up_to_round_off(name, seed, monkeypatch):
