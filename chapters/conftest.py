@@ -3,7 +3,7 @@
 Plain nbval compares outputs letter by letter. Here numbers may differ by a relative ``TOLERANCE``,
 because the last digits of a floating-point result depend on the machine. A number with a point or
 an exponent is compared so; whole numbers and words must agree exactly. nbval has no public hook
-for this, so this file uses three of its attributes; tests/test_notebooks.py fails if they go.
+for this, so this file uses three of its attributes; tests/book/test_notebooks.py fails if they go.
 
 The tolerance is a second net. Every claim of a chapter is an ``assert`` with a tolerance of its
 own, and what is nothing but round-off is asserted to be small, not printed.

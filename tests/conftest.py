@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import one_thread  # noqa: F401 - before NumPy
+import support.one_thread  # noqa: F401 - before NumPy
 
 # isort: split
 
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import hypothesis
 import numpy as np
 import pytest
-from gpu import gpu  # noqa: F401 - a fixture
+from support.gpu import gpu  # noqa: F401 - a fixture
 
 from minihyperflows.engine.blas import blas_threads, set_blas_threads
 from minihyperflows.engine.threads import set_threads

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lanes import large
+from support.lanes import large
 
 from minihyperflows import Tensor, flows, models, nn, optim
 from minihyperflows import functional as F
