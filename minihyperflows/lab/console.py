@@ -74,7 +74,8 @@ def _complain(problem: object) -> int:
 
 
 def _say(text: str) -> None:
-    print(" ".join(text.splitlines()), file=sys.stderr)
+    """A line of its own, above a progress bar if there is one."""
+    tqdm.write(" ".join(text.splitlines()), file=sys.stderr)
 
 
 # -- warnings ------------------------------------------------------------------------------------
@@ -98,8 +99,8 @@ def _warnings_in_a_line() -> Iterator[None]:
 
 
 def warn(text: str) -> None:
-    """Tell a warning in a line, above a progress bar if there is one."""
-    tqdm.write(f"warning: {' '.join(text.splitlines())}", file=sys.stderr)
+    """Tell a warning in a line."""
+    _say(f"warning: {text}")
 
 
 # -- standard streams ----------------------------------------------------------------------------

@@ -234,8 +234,9 @@ def require_folder(path: Path) -> None:
         raise UserError(f"cannot write {path}: {reason_of(error)}") from error
     if not path.parent.is_dir():
         raise UserError(f"cannot write {path}: there is no folder {path.parent}")
-    if mode is not None and stat.S_ISDIR(mode):
-        raise UserError(f"cannot write {path}: it is a folder")
+    if mode is not None and not stat.S_ISREG(mode):  # a device may never come to an end
+        kind = "a folder" if stat.S_ISDIR(mode) else "not a file"
+        raise UserError(f"cannot write {path}: it is {kind}")
 
 
 def records_so_far(path: Path, columns: Sequence[str] = ()) -> list[Row]:

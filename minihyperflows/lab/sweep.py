@@ -257,6 +257,8 @@ def run_sweep(
         for seed in range(seeds)
     ]
     table = folder.table if record is None else named_path(os.fspath(record))
+    if os.path.realpath(table) == os.path.realpath(folder.description):
+        raise UserError(f"{table} says what the sweep is: choose another name for the record")
     folder.require_ours()
     with ExitStack() as stack:
         stack.enter_context(lock_folder(folder.path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,12 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         records_so_far(tmp_path)
     with pytest.raises(UserError, match=r"cannot write .*x: "):
         records_so_far(tmp_path / ("x" * 300))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/null"), reason="there is no /dev/null")
+def test_a_device_is_not_a_record() -> None:
+    with pytest.raises(UserError, match=r"^cannot write /dev/null: it is not a file$"):
+        records_so_far(Path("/dev/null"))
 
 
 def test_the_first_run_needs_no_file_but_a_folder(tmp_path: Path) -> None:

@@ -322,6 +322,13 @@ def test_a_run_that_kills_three_workers_is_reported_and_the_rest_goes_on(tmp_pat
     assert [r["gamma"] for r in read_records(tmp_path / "s" / "sweep.csv")] == [2]
 
 
+def test_a_record_that_would_replace_the_description(tmp_path):
+    out = tmp_path / "s"
+    with pytest.raises(lab.UserError, match=r"sweep\.json says what the sweep is: choose another"):
+        run_sweep(RECIPE, (1,), out, record=out / "sweep.json", progress=False)
+    assert not out.exists()
+
+
 def start_sweep(out, *program):
     """A sweep as a process, in a process group of its own with its workers."""
     fields = ["--set", "dense.epochs=1", "--set", "pruning.epochs=3"]
