@@ -28,7 +28,7 @@ from minihyperflows.lab.checkpoint import (
     write_json,
 )
 from minihyperflows.lab.console import Parser, run_command, warn
-from minihyperflows.lab.folders import RunFolder, require_exportable
+from minihyperflows.lab.folders import RunFolder, require_exportable, require_own_record
 from minihyperflows.lab.locks import locked_file
 from minihyperflows.lab.networks import MODELS, options_of
 from minihyperflows.lab.ranges import Range, number, shown, whole
@@ -395,6 +395,7 @@ def bench_networks(options: argparse.Namespace) -> None:
     """``bench``: time training beside PyTorch's, and print a table."""
     if options.json:
         require_folder(options.json)  # before minutes of work
+        require_own_record(options.json)
     if options.device == "cuda":
         bench_on_gpu(options)
         return

@@ -185,6 +185,8 @@ class RunFolder:
         if sums.get("summary") != _checksum(summary):
             raise UserError(f"{self.summary} is damaged or was changed: {advice}")
         for file in self._tables:
+            if file.name in sums and not file.exists():
+                raise UserError(f"{file} is missing, which the run had written: {advice}")
             if file.exists() and sums.get(file.name) != _file_checksum(file):
                 raise UserError(f"{file} is damaged or was changed since the run ended: {advice}")
 
@@ -295,6 +297,15 @@ def _is_recipe(values: Any) -> bool:
 
 def _is_summary(values: Any) -> bool:
     return _has(values, ("seed", "device", "recipe")) and _is_recipe(values["recipe"])
+
+
+def require_own_record(path: Path) -> None:
+    """Raise UserError if ``path`` is a file that ``bench`` cannot have written.
+
+    An empty file is nobody's.
+    """
+    if path.exists() and path.stat().st_size and not _has(json_in(path), ("versions", "command")):
+        raise UserError(f"{path} is not a record of bench: choose another file")
 
 
 def is_sweep(values: Any) -> bool:

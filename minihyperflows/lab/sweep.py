@@ -257,7 +257,7 @@ def run_sweep(
         for seed in range(seeds)
     ]
     table = folder.table if record is None else named_path(os.fspath(record))
-    if os.path.realpath(table) == os.path.realpath(folder.description):
+    if os.path.abspath(table) == os.path.abspath(folder.description):
         raise UserError(f"{table} says what the sweep is: choose another name for the record")
     folder.require_ours()
     with ExitStack() as stack:

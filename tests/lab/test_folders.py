@@ -538,6 +538,26 @@ def test_another_digit_in_a_finished_runs_table(
     assert words in refused(["prune", NAME, "--out", str(finished)], capsys)
 
 
+@pytest.mark.parametrize("name", ["recipe.json", "metrics.csv", "layers.csv"])
+def test_a_finished_run_without_one_of_its_tables(
+    name: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (finished / name).unlink()
+    assert f"{name} is missing" in refused(["prune", NAME, "--out", str(finished)], capsys)
+    out = str(tmp_path / "t.csv")
+    assert f"{name} is missing" in refused(["collect", str(finished), "--out", out], capsys)
+
+
+@pytest.mark.parametrize("content", ["mine", "{}", '{"command": "cp"}', "[1]"])
+def test_bench_replaces_its_own_record_only(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "bench.json"
+    file.write_text(content, encoding="utf-8")
+    assert "is not a record of bench" in refused(["bench", "--json", str(file)], capsys)
+    assert file.read_text(encoding="utf-8") == content
+
+
 def damaged(content: bytes, rng: np.random.Generator) -> bytes:
     """A few bytes changed, lost, or too many, anywhere."""
     kind = rng.integers(6)
