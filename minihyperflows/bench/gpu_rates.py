@@ -41,7 +41,7 @@ class Clock:
         most: repetitions in a graph.
         flush: bytes of the copy that pushes arrays out of the caches.
         batches: in the data set; more than the steps that are run, since what comes after the last
-            one is no training.
+            one is not training.
     """
 
     sample: float = 5e-3

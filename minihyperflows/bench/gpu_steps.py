@@ -110,7 +110,7 @@ class GpuBenchSettings:
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} must be a positive number, not {getattr(self, name):g}")
         if self.images < self.batch:
-            raise UserError(f"{self.images} images are no batch of {self.batch}")
+            raise UserError(f"{self.images} images are less than a batch of {self.batch}")
 
     @property
     def names(self) -> tuple[str, ...]:

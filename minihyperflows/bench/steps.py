@@ -322,7 +322,7 @@ def fresh_step_memory(
     """:func:`step_memory` in a process of its own.
 
     Raises:
-        UserError: the process failed, for want of memory perhaps.
+        UserError: the process failed; perhaps memory ran out.
     """
     program = (
         "import json; from minihyperflows.bench.steps import BenchSettings, step_memory; "

@@ -1,4 +1,4 @@
-"""The same training in PyTorch on a GPU, as somebody would write it who wants it to be fast.
+"""The same training in PyTorch on a GPU, in the ways that PyTorch offers for speed.
 
 The networks and gates are those of ``torch_peers``. Around them: mixed precision with a loss scale,
 the data set in GPU memory, crops and flips there too, fused optimisers, no waiting for the GPU

@@ -92,7 +92,7 @@ def ascontiguousarray(value: ndarray, dtype: Any = None) -> ndarray:
 
 
 def empty(shape: Any, dtype: Any = float, order: Any = "C") -> ndarray:
-    """An array of which nobody may know what it holds: NaN, here, whenever a graph is replayed."""
+    """An array whose values nobody may rely on: they are NaN whenever a graph is replayed."""
     array = place(np.empty(shape, dtype, order=order), copy=False)
     if array.dtype.kind in "fc":
         recording.perform(lambda: array.host.fill(np.nan))

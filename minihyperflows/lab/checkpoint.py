@@ -112,7 +112,7 @@ def to_json(values: Any, **options: Any) -> str:
     All JSON is written here. ``options``: of :func:`json.dumps`.
 
     Raises:
-        TypeError: something is no value of JSON.
+        TypeError: JSON has no form for a value.
     """
     return json.dumps(values, default=_plain, **options)
 
@@ -133,7 +133,7 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file.
 
     Raises:
-        UserError: it cannot be read or is no JSON.
+        UserError: it cannot be read, or it is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -199,7 +199,7 @@ def _require_format(path: Path, metadata: Mapping[str, str], advice: str) -> Non
 
 
 def safetensors_metadata(path: Path) -> dict[str, str] | None:
-    """What the header of a safetensors file says; None if ``path`` is no such file."""
+    """What the header of a safetensors file says; None if ``path`` is not one."""
     try:
         with _readable(path, "") as file:
             return file.metadata() or {}

@@ -209,7 +209,7 @@ def foreign(folder: Path, is_neutral: Callable[[Path], Any] = lambda entry: Fals
     """The names of the entries of ``folder`` that are not litter, nor a lock, nor neutral.
 
     Raises:
-        UserError: it is no folder, or cannot be read.
+        UserError: it is not a folder, or it cannot be read.
     """
     try:
         entries = sorted(folder.iterdir())

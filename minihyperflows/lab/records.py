@@ -114,7 +114,7 @@ def write_records(path: Path, rows: Sequence[Row], digits: int | None = None) ->
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows({k: _rounded(v, digits) for k, v in row.items()} for row in rows)
-    # Names of files may hold bytes that are no text; they come out as they came in.
+    # Names of files may hold bytes that are not text; they come out as they came in.
     write_atomically(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
@@ -148,7 +148,7 @@ def _text(path: Path | str) -> str:
     except OSError as error:
         raise UserError(f"cannot read {path}: {reason_of(error)}") from error
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not a table: it is no text") from None
+        raise UserError(f"{path} is not a table: it is not text") from None
 
 
 def _parsed(path: Path | str, text: str) -> tuple[list[str], list[list[str]]]:
@@ -242,7 +242,7 @@ def require_folder(path: Path) -> None:
 def records_so_far(path: Path, columns: Sequence[str] = ()) -> list[Row]:
     """The rows that a study goes on with: those of the file, none if it is not there yet.
 
-    To be called before the first run, so that no run is lost for want of a place.
+    To be called before the first run, so that no run is lost because its row cannot be written.
 
     Raises:
         UserError: as :func:`read_records`, or there is no folder for the file.

@@ -69,7 +69,7 @@ def _parse_part(part: str) -> list[float]:
     if not others:
         return [start]
     if len(others) > 2:
-        raise UserError(f"{part} is no range of gammas: write START:END or START:END:OCTAVES")
+        raise UserError(f"{part} is not a range of gammas: write START:END or START:END:OCTAVES")
     end = _parse_value(others[0])
     step = _parse_value(others[1]) if others[1:] else 1.0
     if start <= 0 or step <= 0 or end < start:
@@ -90,7 +90,7 @@ def _parse_value(text: str) -> float:
     except (ValueError, ArithmeticError):
         value, exponents = math.nan, []
     if len(exponents) > 1 or isinstance(value, complex) or not 0 <= value < math.inf:
-        raise UserError(f"{text.strip()!r} is no gamma: write a number from 0 on, or a power, 2^-6")
+        raise UserError(f"{text.strip()!r} is not a gamma: write a number from 0 on, or 2^-6")
     if 0 < value < SMALLEST:
         raise UserError(f"{text.strip()!r} is too small a gamma: float32 begins at {SMALLEST:.3g}")
     return value

@@ -55,7 +55,7 @@ def flattened_otherwise(state: Mapping[str, Any], shapes: Mapping[str, Any]) -> 
     state first has to think of the order.)
 
     Args:
-        state: what is to be loaded.
+        state: the arrays to load, by name.
         shapes: of the parameters of the network, by name, in the order of definition.
     """
     channels: int | None = None

@@ -146,7 +146,7 @@ class Tracer:
         outputs, inputs: the axes of each weight, and the vectors (C,) of biases and batch norms.
         depthwise: weights of depthwise convolutions.
         constants: axes of what cutting does not change, by identity: the images, other arrays, and
-            parameters that are no layer's.
+            parameters that belong to no layer.
         images: those of tensors among them.
         fixed: further axes whose channels must stay.
         stretched: axes that something with one channel is broadcast over.

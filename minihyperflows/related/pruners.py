@@ -39,7 +39,7 @@ from minihyperflows.nn.optim import Optimizer
 
 
 class MaskedWeight(Function):
-    """w' = w m, with a mask m of zeros and ones that is no parameter;  dL/dw = m dL/dw'.
+    """w' = w m, with a constant mask m of zeros and ones;  dL/dw = m dL/dw'.
 
     dL/dw' exists for a removed weight too: it says what the weight would do if it came back. The
     mask keeps it.

@@ -22,7 +22,7 @@ def parse_seed(text: str) -> int:
         UserError: it is none.
     """
     if not text.isdecimal():
-        raise UserError(f"{text!r} is no seed: write a whole number from 0 on")
+        raise UserError(f"{text!r} is not a seed: write a whole number from 0 on")
     return int(text)
 
 
@@ -40,7 +40,7 @@ def parse_fraction(text: str, whole: bool = False) -> float:
         value = math.nan
     if not (0 < value < 1 or (whole and value == 1)):
         most = "at most 1" if whole else "below 1"
-        raise UserError(f"{text!r} is no fraction: write a number above 0 and {most}")
+        raise UserError(f"{text!r} is not a fraction: write a number above 0 and {most}")
     return value
 
 

@@ -20,7 +20,7 @@ def assert_close(
         assert_close(my_softmax(x), F.softmax(x), what="softmax")
 
     Args:
-        mine: what is to be judged: a tensor, an array, a number, or a dictionary of them.
+        mine: the answer: a tensor, an array, a number, or a dictionary of them.
         package: what it should be.
         rtol, atol: the relative and the absolute error allowed. The defaults suit float64; for
             float32 an ``rtol`` of 1e-5 is usual.

@@ -28,7 +28,7 @@ from minihyperflows.errors import UserError
 
 
 def script(name: str) -> ModuleType:
-    """The module in data_scripts/, which is no package."""
+    """The module in data_scripts/, which is not a package."""
     path = REPOSITORY / "data_scripts" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
@@ -528,7 +528,7 @@ HOSTILE: dict[str, bytes] = {
     "extension": b"\x80\x02\x82\x01.",
     "persistent": b"Pname\n.",
     "array called with a huge shape": with_opcodes(b"cnumpy\nndarray\nJ\xff\xff\xff\x7f\x85R"),
-    "array state that is no tuple": with_opcodes(RECONSTRUCT + b"}b"),
+    "array state that is not a tuple": with_opcodes(RECONSTRUCT + b"}b"),
     "array state too short": with_opcodes(RECONSTRUCT + b"K\x01\x85b"),
     "array without a state": with_opcodes(RECONSTRUCT),
     "array of objects": array_state(dtype=DTYPE % b"O8"),

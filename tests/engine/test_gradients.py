@@ -271,7 +271,7 @@ def test_gates_keep_the_dtype(dtype: type, rng: np.random.Generator) -> None:
 
 
 def test_gates_are_never_exact_for_finite_differences() -> None:
-    """The checker itself sees that a gate is no differentiable function."""
+    """The checker itself sees that a gate is not differentiable."""
     with pytest.raises(AssertionError, match="does not depend"):
         testing.check_grad(flows.gate, np.linspace(-1, 1, 8))
 

@@ -184,7 +184,7 @@ def test_without_a_gpu_there_is_one_line_and_status_2(command, capsys):
         (["--data-dir", "x"], "--data-dir is for --device cuda"),
         (["lenet300", "--device", "cuda"], "unknown network 'lenet300' on a GPU"),
         (["--device", "cuda", "--rounds", "0"], "--rounds: it is a whole number from 1"),
-        (["--device", "cuda", "--images", "5"], "5 images are no batch of 128"),
+        (["--device", "cuda", "--images", "5"], "5 images are less than a batch of 128"),
     ],
 )
 def test_mistakes_get_one_line(arguments, words, capsys):

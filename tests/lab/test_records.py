@@ -39,7 +39,7 @@ def test_the_records_of_the_chapters_are_readable(file: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"PK\x03\x04\xff\xfe", "is not a table: it is no text"),
+        (b"PK\x03\x04\xff\xfe", "is not a table: it is not text"),
         (b"", "is not a record of this study: it has no column 'run'"),
         (b"walk,score\n1,0.5\n", "is not a record of this study: it has no column 'run'"),
         (TABLE.replace(",,", ",").encode(), "line 3, it has 2 values for 3 columns"),

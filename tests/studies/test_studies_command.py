@@ -72,14 +72,14 @@ def test_a_fraction_is_what_a_table_keeps_of_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["0", "1", "0.9999999", "-0.5", "nan", "inf", "10%"])
 def test_what_is_no_fraction(text: str) -> None:
-    with pytest.raises(UserError, match="is no fraction: write a number above 0 and below 1"):
+    with pytest.raises(UserError, match="is not a fraction: write a number above 0 and below 1"):
         parse_fraction(text)
 
 
 @pytest.mark.parametrize("text", ["-1", "1.5", "one", ""])
 def test_what_is_no_seed(text: str) -> None:
     assert parse_seed("12") == 12
-    with pytest.raises(UserError, match="is no seed: write a whole number from 0 on"):
+    with pytest.raises(UserError, match="is not a seed: write a whole number from 0 on"):
         parse_seed(text)
 
 
@@ -91,7 +91,7 @@ def test_every_study_checks_its_seeds(name: str, tmp_path: Path, capsys) -> None
     with pytest.raises(SystemExit) as end:
         main_of(name)([*DIGITS_ONLY.get(name, ()), "--seeds", "-1", "--out", str(tmp_path / "a")])
     assert end.value.code == 2
-    assert capsys.readouterr().err.startswith("error: '-1' is no seed")
+    assert capsys.readouterr().err.startswith("error: '-1' is not a seed")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

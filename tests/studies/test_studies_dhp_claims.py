@@ -155,11 +155,11 @@ def test_a_run_is_recognised_by_its_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--targets", "50"], "is no fraction"),
+        (["--targets", "50"], "is not a fraction"),
         (["--join", "nowhere.csv"], "no file nowhere.csv"),
         (["--networks", "mlp-mnist", "--data-dir", "nowhere"], "nowhere"),
         (["--networks", "dncnn-digits", "--parts", "rules"], "for SGD"),
-        (["--seeds", "-1"], "'-1' is no seed"),
+        (["--seeds", "-1"], "'-1' is not a seed"),
         (["--targets", "0.5", "0.001"], "mlp-digits: 0.0"),
         (["--targets", "0.5", "0.001"], "stays in any case, so choose a larger target than 0.001"),
         (["--parts", "search", "--variants", "uniform"], "no run was asked for"),

@@ -278,9 +278,9 @@ def test_the_table_says_what_there_is() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--targets", "1"], "'1' is no fraction: write a number above 0 and below 1"),
-        (["--targets", "much"], "'much' is no fraction"),
-        (["--seeds", "-1"], "'-1' is no seed: write a whole number from 0 on"),
+        (["--targets", "1"], "'1' is not a fraction: write a number above 0 and below 1"),
+        (["--targets", "much"], "'much' is not a fraction"),
+        (["--seeds", "-1"], "'-1' is not a seed: write a whole number from 0 on"),
         (["--targets", "0.001", "--methods", "dense", "magnitude"], "magnitude of conv-digits, m"),
         (["--targets", "0.001", "--methods", "dense", "uniform"], "choose a larger target"),
         (["--targets", "0.01", "--methods", "dense", "dhp"], "dhp of conv-digits, macs: 0.0"),
