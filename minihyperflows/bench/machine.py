@@ -76,8 +76,8 @@ def _cpu_of_linux() -> str:
 def peak_memory() -> int | None:
     """The most memory that this process has had resident so far, in bytes; None where unknown.
 
-    Linux has two such numbers. A new process inherits that of getrusage from
-    the one that started it, so it does not serve. VmHWM starts anew with each program.
+    Linux has two such numbers. A new process inherits that of getrusage from the one that started
+    it, so it does not serve. VmHWM starts anew with each program.
     """
     if sys.platform == "linux":
         found = re.search(

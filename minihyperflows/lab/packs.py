@@ -1,9 +1,10 @@
 """Networks and records in few, small files, to bring them back from a machine that is lent.
 
 A checkpoint of a network of 20 million weights, with its presences and the optimisers' state, has
-400 MB. A few MB of them are worth keeping. A pruned network needs the weights that are left, in half
-precision, and a bit for each weight that says whether it is left. A dense one needs all its weights,
-in half precision. (Pruning begins with new optimisers, so their state is not missed.)
+400 MB. A few MB of them are worth keeping. Of a pruned network these are the weights that are left,
+in half precision, and a bit for each weight that says whether it is left. Of a dense one they are
+all its weights, in half precision. (Pruning begins with new optimisers, so their state is not
+missed.)
 """
 
 from __future__ import annotations
