@@ -7,6 +7,8 @@ sections on topology and flow; the authors' code, mask functions.
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 
 from minihyperflows.engine.backend import Array, contiguous, xp_of
@@ -17,6 +19,7 @@ from minihyperflows.engine.tensor import Tensor, apply
 from minihyperflows.engine.threads import elementwise
 from minihyperflows.nn import Module, Parameter, Weighted, weight_groups, weighted_layers
 from minihyperflows.nn.init import require_generator
+from minihyperflows.nn.module import HINTS
 
 # The declared derivative of the gate, which has none of its own: a step is flat on both sides. A
 # quarter is the largest slope of the logistic function, which the gate once was. A constant
@@ -24,6 +27,7 @@ from minihyperflows.nn.init import require_generator
 KAPPA = 0.25
 
 PRESENCE = "presence"  # role of the presence parameters, and the last part of their names
+HINTS[PRESENCE] = "attach presence parameters first with flows.attach, or remove them"
 
 
 def is_present(t: Array) -> Array:
@@ -88,6 +92,12 @@ def gate(t: Tensor) -> Tensor:
     return apply(Gate(), t)
 
 
+class Gated(Weighted):
+    """A layer of any class that :func:`attach` gave a gate: how a type checker knows it."""
+
+    presence: Parameter
+
+
 class WeightGate:
     """The gate of one weight: turns it into the weight in use, in every layer that shares it."""
 
@@ -149,7 +159,7 @@ def _draw_presence(
     return presence
 
 
-def gated_groups(net: Module) -> dict[str, list[Weighted]]:
+def gated_groups(net: Module) -> dict[str, list[Gated]]:
     """The layers of ``net`` that have a gate, those that share a weight together, by the name of
     the first.
 
@@ -157,7 +167,7 @@ def gated_groups(net: Module) -> dict[str, list[Weighted]]:
         ValueError: layers that share a weight have gates of their own, so that there is not one
             network without gates that computes the same.
     """
-    gated: dict[str, list[Weighted]] = {}
+    gated: dict[str, list[Gated]] = {}
     for name, layers in weight_groups(net).items():
         gates = {id(vars(layer).get(PRESENCE)): layer for layer in layers}
         if len(gates) > 1:
@@ -166,11 +176,11 @@ def gated_groups(net: Module) -> dict[str, list[Weighted]]:
                 "then call flows.attach"
             )
         if isinstance(vars(layers[0]).get(PRESENCE), Parameter):
-            gated[name] = layers
+            gated[name] = cast(list[Gated], layers)
     return gated
 
 
-def gated_layers(net: Module) -> dict[str, Weighted]:
+def gated_layers(net: Module) -> dict[str, Gated]:
     """The layers of ``net`` that have a gate, by name; of those that share a weight the first.
 
     So each gated weight is here once.
@@ -189,7 +199,7 @@ def detach(net: Module) -> None:
     for layer in weighted_layers(net).values():
         if PRESENCE in vars(layer):
             layer.weight_gate = None
-            del layer.presence
+            delattr(layer, PRESENCE)
 
 
 def to_dense(net: Module) -> None:

@@ -17,23 +17,22 @@ WeightInit: TypeAlias = Callable[[tuple[int, ...], np.random.Generator, Any], np
 
 
 class Weighted(Module):
-    """A layer with a ``weight`` that pruning can gate.
+    """A layer with a ``weight``, and the one hook that pruning needs.
 
-    ``weight_gate`` is the one hook that pruning needs: a function that turns the weight into the
-    weight to compute with. Without it the layer is dense.
+    ``weight_gate`` is a function that turns the weight into the weight to compute with. Without it
+    the layer is dense.
 
-    ``weight_in_use``, if there is one, is that weight ready made: training on a GPU keeps it up to
-    date (``flows.flat``).
+    ``weight_in_use``, if there is one, is that weight ready made, for who keeps it up to date
+    outside of the graph.
     """
 
     weight: Parameter
     bias: Parameter | None
     weight_gate: Callable[[Tensor], Tensor] | None = None
     weight_in_use: Tensor | None = None
-    presence: Parameter  # there with a gate only; see flows.attach
 
     def effective_weight(self) -> Tensor:
-        """The weight that ``forward`` uses: gated if a gate is attached."""
+        """The weight that ``forward`` uses: gated if there is a gate."""
         if self.weight_in_use is not None:
             return self.weight_in_use
         return self.weight if self.weight_gate is None else self.weight_gate(self.weight)

@@ -26,7 +26,7 @@ class Parameter(Tensor):
         array: the initial values.
         torch_axes: the order of axes that turns this layout into PyTorch's, which ``state_dict``
             uses; None where the two agree.
-        role: "weight" for what the network computes with; other roles, such as "presence", are
+        role: "weight" for what the network computes with; other roles, as pruning has, are
             kept out of ``named_parameters`` and trained by an optimiser of their own.
     """
 
@@ -45,6 +45,9 @@ class Buffer(Tensor):
     def __init__(self, array: Any) -> None:
         super().__init__(array)
 
+
+# What to do if a state and a network differ in parameters of a name: for those who add some.
+HINTS: dict[str, str] = {}
 
 CONTAINERS = (list, tuple, dict, set, frozenset)
 
@@ -263,7 +266,7 @@ def _check_names(wanted: set[str], given: set[str]) -> None:
         problems.append(f"missing {', '.join(missing)}")
     if unknown := sorted(given - wanted):
         problems.append(f"unknown {', '.join(unknown)}")
-    if any(name.endswith(".presence") for name in wanted ^ given):
-        problems.append("attach presence parameters first with flows.attach, or remove them")
+    ends = {name.rpartition(".")[2] for name in wanted ^ given}
+    problems += [hint for end, hint in HINTS.items() if end in ends]
     if problems:
         raise KeyError(f"this state does not fit the network: {'; '.join(problems)}")

@@ -121,6 +121,17 @@ def test_picture_of_the_rooms() -> None:
     assert max(lines.values()) <= sum(lines.values()) / 4
 
 
+GROUND = [name for name in MODULES if part(name) in {"engine", "functional", "nn"}]
+
+
+@pytest.mark.parametrize("name", GROUND)
+def test_the_ground_floor_knows_neither_presences_nor_data_sets(name: str) -> None:
+    """Not even in words: who reads the engine needs to know nothing of what it is used for."""
+    text = MODULES[name].read_text(encoding="utf-8")
+    found = re.findall(r"\b(?:presences?|flux|data ?sets?|recipes?)\b", text, re.IGNORECASE)
+    assert not found
+
+
 def test_no_function_hides_a_module() -> None:
     """``flows.gate`` is a function, so its module has another name."""
     for name in MODULES:

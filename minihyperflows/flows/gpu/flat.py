@@ -14,7 +14,7 @@ import numpy as np
 
 from minihyperflows.engine.backend import Array, cupy, to_numpy
 from minihyperflows.engine.tensor import Tensor
-from minihyperflows.flows.gates import gated_layers
+from minihyperflows.flows.gates import Gated, gated_layers
 from minihyperflows.flows.gpu.update import (
     AS_IT_IS,
     Counter,
@@ -76,7 +76,7 @@ class FlatTraining:
         self._use(groups, places)
         self.refresh()
 
-    def _check(self, first: list[Parameter], gated: list[Weighted]) -> None:
+    def _check(self, first: list[Parameter], gated: list[Gated]) -> None:
         trained = {id(p) for p in self.weights.params}
         if any(id(w) not in trained for w in first):
             raise ValueError("the weights of every layer must be the weights' optimiser's")
@@ -88,7 +88,7 @@ class FlatTraining:
     # -- moving in and out -----------------------------------------------------------------------
 
     def _move_in(
-        self, parameters: list[Parameter], places: list[Place], gated: list[Weighted]
+        self, parameters: list[Parameter], places: list[Place], gated: list[Gated]
     ) -> None:
         arrays = self.arrays
         kept = (arrays.first, arrays.second)
