@@ -122,7 +122,7 @@ def resnet50(
         num_classes: the outputs of the linear layer.
         width: scales the channels of every layer.
         stem_stride: stride of the first convolution, 1, 2 or 4. All maps have that many times
-            smaller sides, so a step costs 1, 1/4 or 1/16: for small recipes on CPUs. The weights
+            smaller sides, so a step costs 1, 1/4 or 1/16: for CPUs. The weights
             are the same.
         rng: draws the initial weights.
         dtype: of weights and activations.

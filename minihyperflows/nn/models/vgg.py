@@ -88,7 +88,7 @@ def vgg19(
         num_classes: the outputs of the linear layer.
         width: scales the channels of every layer.
         stem_stride: stride of the first convolution, 1 or 2. With 2 all maps have half the side,
-            so a step costs a quarter: for small recipes on CPUs. The weights are the same.
+            so a step costs a quarter: for CPUs. The weights are the same.
         rng: draws the initial weights.
         dtype: of weights and activations.
 
