@@ -9,6 +9,7 @@ The floors, in reading order; each imports only from those before it:
     related      the neighbours: importance scores, gradient flow, DHP
     testing      public checks, which the tests and the book's exercises use
     data         data sets, their files and their augmentation
+    analysis     measures and statistics that chapters and studies share
     lab          running experiments: recipes, training, runs, sweeps, plots
     studies      the long experiments behind the chapters
     bench        how fast, beside PyTorch and on a GPU

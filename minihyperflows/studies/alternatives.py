@@ -37,10 +37,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import statistics
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -50,12 +48,12 @@ from tqdm import tqdm
 
 from minihyperflows import flows, optim
 from minihyperflows import functional as F
+from minihyperflows.analysis import planned_sparsity
 from minihyperflows.data.datasets import Dataset, load, normalise
 from minihyperflows.engine import Tensor
 from minihyperflows.errors import UserError
 from minihyperflows.flows.gates import gated_layers, is_present
-from minihyperflows.flows.law import mean_half_width
-from minihyperflows.flows.scheduler import cosine, density_trajectory
+from minihyperflows.flows.scheduler import cosine
 from minihyperflows.flows.stages import PRUNING
 from minihyperflows.lab.checkpoint import write_atomically
 from minihyperflows.lab.console import Parser
@@ -80,18 +78,6 @@ MODULE = "minihyperflows.studies.alternatives"
 SPARSITIES = (0.9, 0.95, 0.98, 0.99, 0.995)
 START_LR, END_LR = 1e-3, 1e-5
 HYPERFLOWS, DENSE_CONTROL, RIGL = "hyperflows", "dense", "rigl"
-PERIODS = 40  # in which Hyperflows is steered
-
-
-def planned_sparsity(progress: float, sparsity: float) -> float:
-    """What the pressure scheduler expects when the fraction ``progress`` of its time is over."""
-    return 1 - float(np.interp(progress * PERIODS, range(PERIODS + 1), trajectory(1 - sparsity)))
-
-
-@cache
-def trajectory(density: float) -> np.ndarray:
-    """The densities that the scheduler expects at the ends of its periods, from 0 on."""
-    return density_trajectory(density, PERIODS)
 
 
 class PlannedGradual(Gradual):
@@ -278,49 +264,6 @@ def row(
         **{"steering_error": "", "landed_by": ""},
         **outcome.steering,
     }
-
-
-# -- reading the table ---------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """How much better the reference is than ``method``, in accuracy: the mean over the seeds that
-    both have, and its 95 % interval (Student's t; NaN for one seed)."""
-
-    method: str
-    sparsity: float
-    seeds: int
-    mean: float
-    low: float
-    high: float
-
-
-def paired_differences(rows: Sequence[Row], reference: str = HYPERFLOWS) -> list[Difference]:
-    """The accuracy of ``reference`` minus that of every other method, seed by seed.
-
-    Runs of the same seed share their dense network, so its luck drops out of the difference. The
-    interval holds for one comparison; of twenty that are read, one misses on average.
-    """
-    accuracy = {(r["method"], r["target_sparsity"], r["seed"]): r["test_accuracy"] for r in rows}
-    result = []
-    for method in dict.fromkeys(r["method"] for r in rows):
-        if method in (reference, DENSE_CONTROL):
-            continue
-        for sparsity in sorted({r["target_sparsity"] for r in rows if r["method"] == method}):
-            differences = [
-                accuracy[reference, sparsity, seed] - value
-                for (name, s, seed), value in accuracy.items()
-                if name == method and s == sparsity and (reference, s, seed) in accuracy
-            ]
-            if differences:
-                spread = mean_half_width(differences)
-                mean = statistics.mean(differences)
-                size = len(differences)
-                result.append(
-                    Difference(method, sparsity, size, mean, mean - spread, mean + spread)
-                )
-    return result
 
 
 @adds_to_table

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from minihyperflows.analysis import Difference, paired_differences
 from minihyperflows.lab.records import Record
-from minihyperflows.studies.alternatives import Difference, paired_differences
 from minihyperflows.studies.dhp_runs import Widths
 from minihyperflows.studies.dhp_tasks import EXPERIMENTS, Experiment
 

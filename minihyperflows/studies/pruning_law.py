@@ -38,7 +38,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import shlex
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -55,7 +54,6 @@ from minihyperflows.data.datasets import Dataset, load
 from minihyperflows.engine import Tensor
 from minihyperflows.errors import UserError
 from minihyperflows.flows.gates import gated_layers, is_present
-from minihyperflows.flows.law import mean_half_width
 from minihyperflows.flows.stages import PRUNING
 from minihyperflows.lab.checkpoint import load_checkpoint, save_checkpoint
 from minihyperflows.lab.console import Parser
@@ -384,59 +382,6 @@ def _counted(row: Row, weights: int) -> Row:
         push = row["gamma"] / weights
         row |= {"push": push, "saliency": push / flows.KAPPA}
     return {name: row.get(name, "") for name in COLUMNS}
-
-
-# -- the law -------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Exponent:
-    """density = c saliency ** -alpha, fitted for every seed.
-
-    Attributes:
-        alpha: the mean over the seeds.
-        interval: of 95 %, from the scatter between seeds (Student's t); NaN for a single one. The
-            scatter around a line says less: the steps of a run depend on each other.
-        c, r2: their geometric and arithmetic means.
-        points: in each fit, on average.
-        seeds: alpha of each.
-    """
-
-    alpha: float
-    interval: tuple[float, float]
-    c: float
-    r2: float
-    points: float
-    seeds: tuple[float, ...]
-
-
-def exponent(rows: Sequence[Row], low: float, high: float, saliency: str = "saliency") -> Exponent:
-    """The exponent of one method's rows with low < density <= high.
-
-    Args:
-        rows: of one method, any number of seeds.
-        low, high: the authors' window is 0.005, 0.5.
-        saliency: which column.
-
-    Raises:
-        ValueError: a seed has fewer than two such rows.
-    """
-    chosen = [r for r in rows if low < r["density"] <= high]
-    laws, sizes = [], []
-    for seed in sorted({r["seed"] for r in rows}):
-        points = [(r[saliency], r["density"]) for r in chosen if r["seed"] == seed]
-        laws.append(flows.fit_power_law(*zip(*points, strict=True)))
-        sizes.append(len(points))
-    alphas = np.array([law.alpha for law in laws])
-    half, mean = mean_half_width(alphas), float(alphas.mean())
-    return Exponent(
-        alpha=mean,
-        interval=(mean - half, mean + half),
-        c=math.exp(float(np.mean([math.log(law.c) for law in laws]))),
-        r2=float(np.mean([law.r2 for law in laws])),
-        points=float(np.mean(sizes)),
-        seeds=tuple(float(a) for a in alphas),
-    )
 
 
 # -- the command ---------------------------------------------------------------------------------

@@ -28,12 +28,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # other. __init__ is the package's own front door, which the rooms above may use (for the version).
 FLOORS = {
     **{"errors": 0, "emulator": 0, "engine": 1, "functional": 2, "nn": 3, "flows": 4, "related": 4},
-    **{"testing": 5, "data": 5, "__init__": 6, "lab": 7, "studies": 8, "bench": 8, "cli": 9},
-    "__main__": 10,
+    **{"testing": 5, "data": 5, "analysis": 6, "__init__": 6, "lab": 7, "studies": 8, "bench": 8},
+    **{"cli": 9, "__main__": 10},
 }
 
 # What one computes with: nothing there reads a file or prints. `data` reads files, without a word.
-LIBRARY = {"engine", "functional", "nn", "flows", "related", "testing", "__init__"}
+LIBRARY = {"engine", "functional", "nn", "flows", "related", "testing", "analysis", "__init__"}
 QUIET = {*LIBRARY, "data", "errors"}
 
 # Modules with which one talks to the world, and the functions that do it without any.

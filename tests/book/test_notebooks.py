@@ -6,6 +6,7 @@ notebook that lost them passes whatever it computes. These tests see to it that 
 
 from __future__ import annotations
 
+import ast
 import base64
 import copy
 import re
@@ -266,3 +267,38 @@ def test_nbval_still_has_what_the_comparison_needs() -> None:
     assert callable(plugin.IPyNbCell.sanitize)
     assert "sanitize" in plugin.IPyNbCell.compare_outputs.__code__.co_names
     assert "skip_compare" in plugin.IPyNbFile.__init__.__code__.co_names
+
+
+# -- what the chapters import ----------------------------------------------------------------------
+
+# Of the studies' own things: how their runs are set up and trained, which no other study shares.
+FROM_STUDIES = {
+    "alternatives": {"RECIPES", "fit", "fresh", "learning_rate", "train_dense"},
+    "inside": {"SHORT", "BottleneckTrainer", "SeededTrainer", "train_dense"},
+    "regrowth": {"recipe"},
+}
+
+
+def names_from_studies(path: Path) -> set[tuple[str, str]]:
+    """(study, name) of all that a notebook takes from ``minihyperflows.studies``."""
+    package, found = "minihyperflows.studies", set()
+    cells = (c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code")
+    nodes = list(ast.walk(ast.parse("\n".join(cells))))
+    modules = {}
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            assert not [a for a in node.names if a.name.startswith(package)]
+        elif isinstance(node, ast.ImportFrom) and node.module == package:
+            modules |= {alias.asname or alias.name: alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and str(node.module).startswith(f"{package}."):
+            found |= {(str(node.module).rpartition(".")[2], alias.name) for alias in node.names}
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and (name := ast.unparse(node.value)) in modules:
+            found.add((modules[name], node.attr))
+    return found
+
+
+def test_what_chapters_share_with_studies_is_in_analysis() -> None:
+    """Formulas and statistics come from ``analysis``; the exceptions are used."""
+    found = set().union(*map(names_from_studies, (*CHAPTERS, *SOLUTIONS)))
+    assert found == {(study, name) for study, names in FROM_STUDIES.items() for name in names}

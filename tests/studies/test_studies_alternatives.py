@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from minihyperflows import lab
+from minihyperflows import analysis, lab
 from minihyperflows.flows import PressureScheduler
-from minihyperflows.flows.law import mean_half_width
 from minihyperflows.lab.records import read_records
 from minihyperflows.studies import alternatives
 from minihyperflows.studies.alternatives import (
     METHODS,
     RECIPES,
     learning_rate,
-    paired_differences,
 )
 from minihyperflows.testing.pruners import check_pruner
 
@@ -118,13 +115,13 @@ def test_the_learning_rate_of_the_budget() -> None:
 def test_the_planned_pace_is_that_of_the_scheduler() -> None:
     scheduler = PressureScheduler(0.98, 40)
     for period in (1, 10, 25, 40):
-        planned = alternatives.planned_sparsity(period / 40, 0.98)
+        planned = analysis.planned_sparsity(period / 40, 0.98)
         assert planned == pytest.approx(1 - scheduler.expected(period))
-    between = alternatives.planned_sparsity(0.5 / 40, 0.98)
+    between = analysis.planned_sparsity(0.5 / 40, 0.98)
     assert between == pytest.approx((1 - scheduler.expected(1)) / 2)
     for make in (alternatives.PlannedGradual, alternatives.PlannedMovement):
         check_pruner(make, sparsity=0.9, steps=200)
-        assert make(0.98).schedule(0.25) == alternatives.planned_sparsity(0.25, 0.98)
+        assert make(0.98).schedule(0.25) == analysis.planned_sparsity(0.25, 0.98)
 
 
 @pytest.mark.slow
@@ -152,43 +149,3 @@ def test_all_but_rigl_begin_with_the_dense_network() -> None:
         np.testing.assert_array_equal(mask, magnitudes[f"{name}.weight"] > threshold)
     initial, _ = alternatives.fresh(recipe, data, 0)
     assert (initial.state_dict()["fc1.weight"] != dense["fc1.weight"]).all()
-
-
-# -- differences -----------------------------------------------------------------------------------
-
-
-def rows_of(table: dict[str, list[float]], sparsity: float = 0.9) -> list[dict]:
-    return [
-        {"method": name, "target_sparsity": sparsity, "seed": seed, "test_accuracy": value}
-        for name, values in table.items()
-        for seed, value in enumerate(values)
-    ]
-
-
-def test_differences_are_paired_by_seed() -> None:
-    """Seeds that differ by far more than the methods do not blur the difference."""
-    rows = rows_of({"hyperflows": [0.50, 0.71, 0.92], "gradual": [0.49, 0.69, 0.89]})
-    (difference,) = paired_differences(rows[::-1])
-    assert difference.method == "gradual"
-    assert difference.seeds == 3
-    assert difference.mean == pytest.approx(0.02)
-    # s = 0.01, t = 4.302653 for two degrees of freedom
-    assert difference.high - difference.mean == pytest.approx(4.302653 * 0.01 / math.sqrt(3))
-    assert difference.low == pytest.approx(0.02 - 0.024841, abs=1e-6)
-
-
-def test_only_seeds_that_both_have_are_compared() -> None:
-    rows = rows_of({"hyperflows": [0.9, 0.8], "rigl": [0.8, 0.6, 0.1], "dense": [0.99, 0.99]})
-    rows += rows_of({"rigl": [0.5]}, sparsity=0.95)
-    (difference,) = paired_differences(rows)
-    assert (difference.seeds, difference.sparsity) == (2, 0.9)
-    assert difference.mean == pytest.approx(0.15)
-    (one,) = paired_differences(rows_of({"hyperflows": [0.9], "random": [0.3]}))
-    assert one.mean == pytest.approx(0.6)
-    assert math.isnan(one.low)
-
-
-def test_the_interval_covers_the_mean_as_often_as_it_says(rng: np.random.Generator) -> None:
-    samples = rng.standard_normal((2000, 5))
-    covered = np.mean([abs(s.mean()) <= mean_half_width(list(s)) for s in samples])
-    assert covered == pytest.approx(0.95, abs=0.02)

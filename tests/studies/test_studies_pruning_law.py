@@ -14,6 +14,7 @@ from support import RESULTS
 
 from minihyperflows import Tensor, flows, lab, testing
 from minihyperflows import functional as F
+from minihyperflows.analysis import exponent
 from minihyperflows.flows.gates import gated_layers, is_present
 from minihyperflows.lab.records import read_records
 from minihyperflows.studies import pruning_law as law
@@ -255,15 +256,15 @@ def points(alphas: dict[int, float]) -> list[law.Row]:
 
 def test_the_exponent_is_that_of_the_points() -> None:
     made = points({0: 0.5, 1: 0.6, 2: 0.7})
-    found = law.exponent(made, 0.0, 0.5)
+    found = exponent(made, 0.0, 0.5)
     assert found.alpha == pytest.approx(0.6)
     assert found.seeds == pytest.approx((0.5, 0.6, 0.7))
     assert found.c == pytest.approx(0.1)
     half = 4.302653 * 0.1 / np.sqrt(3)  # Student's t with two degrees of freedom
     assert found.interval == pytest.approx((0.6 - half, 0.6 + half))
-    assert np.isnan(law.exponent(points({0: 0.5}), 0.0, 0.5).interval[0])
+    assert np.isnan(exponent(points({0: 0.5}), 0.0, 0.5).interval[0])
     inside = [row for row in made if 0.01 < row["density"] <= 0.5]
-    assert law.exponent(made, 0.01, 0.5).points == pytest.approx(len(inside) / 3)
+    assert exponent(made, 0.01, 0.5).points == pytest.approx(len(inside) / 3)
 
 
 @pytest.mark.slow

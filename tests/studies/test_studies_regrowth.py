@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from minihyperflows import flows, lab, nn, optim
+from minihyperflows.analysis import decayed, travel
 from minihyperflows.lab.records import read_records
 from minihyperflows.studies import regrowth
-from minihyperflows.studies.regrowth import Pruned, decayed, main, travel
+from minihyperflows.studies.regrowth import Pruned, main
 
 SHORT = {"dense.epochs": 1, "pruning.epochs": 4, "regrowth.epochs": 2}
 HASTE = {"pressure.step": 1.0, "presence.lr": 0.02}

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minihyperflows import flows, lab, testing
+from minihyperflows import analysis, flows, lab, testing
 from minihyperflows.lab.records import read_records
 from minihyperflows.studies import targets
 
@@ -62,7 +62,7 @@ def test_runs_that_share_their_dense_network_are_those_that_do_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("build", "weights"), [(targets.perceptron, 4_440), (targets.small_convnet, 11_208)]
+    ("build", "weights"), [(analysis.perceptron, 4_440), (analysis.small_convnet, 11_208)]
 )
 def test_the_networks_have_the_weights_they_say(build, weights, rng) -> None:
     net = build(targets.SETTINGS["convnet"].recipe, lab.load("digits"), rng)
