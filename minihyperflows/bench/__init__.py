@@ -1,1 +1,1 @@
-"""How fast: training steps and layers beside PyTorch's, and what a GPU does with them."""
+"""How fast: training beside PyTorch's, what a GPU does with it, and the long runs on one."""

@@ -1,4 +1,4 @@
-"""``lab.gpu_runs`` and ``lab.packs``: runs in pieces, and what can be brought back of them."""
+"""``bench.gpu_runs`` and ``bench.packs``: runs in pieces, and what comes back of them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from support.gpu import needs_compiler
 
 import minihyperflows as mh
 from minihyperflows import flows
+from minihyperflows.bench import gpu_runs, packs
 from minihyperflows.data.datasets import Dataset
 from minihyperflows.errors import OutOfTimeError, UserError
-from minihyperflows.lab import gpu_runs, packs, recipes, runs
+from minihyperflows.lab import recipes, runs
 from minihyperflows.lab.checkpoint import load_checkpoint, read_json
 from minihyperflows.lab.training import build_network, evaluate
 

@@ -1,9 +1,9 @@
-"""``python -m minihyperflows.lab.gpu_runs``: the paper's experiments on a GPU, bit by bit.
+"""``python -m minihyperflows.bench.gpu_runs``: the paper's experiments on a GPU, bit by bit.
 
 VGG-19 and ResNet-50 on CIFAR-10 in full, 160 dense and 160 pruning and regrowth epochs, to several
 sparsities that share the dense stage. The command stops when its minutes are over, at the end of an
 epoch, and goes on where it stopped when it is called again. With ``--pack`` it then writes what can
-be brought back from a machine that is lent; see :mod:`minihyperflows.lab.packs`.
+be brought back from a machine that is lent; see :mod:`minihyperflows.bench.packs`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from minihyperflows.bench.packs import PART_BYTES, ROUNDED, pack, restore_dense, unpack
 from minihyperflows.emulator import emulated_gpu
 from minihyperflows.engine.backend import require_gpu
 from minihyperflows.errors import OutOfTimeError
 from minihyperflows.lab.console import Parser, run_command
 from minihyperflows.lab.folders import RunFolder
 from minihyperflows.lab.locks import locked
-from minihyperflows.lab.packs import PART_BYTES, ROUNDED, pack, restore_dense, unpack
 from minihyperflows.lab.recipes import Recipe, find
 from minihyperflows.lab.records import collect
 from minihyperflows.lab.runs import run
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="python -m minihyperflows.lab.gpu_runs",
+        prog="python -m minihyperflows.bench.gpu_runs",
         description="The paper's CIFAR-10 experiments on a GPU, in pieces of some minutes.",
     )
     add = parser.add_argument
