@@ -26,7 +26,8 @@ from minihyperflows.bench.steps import GAMMA, LR, PRESENCE
 from minihyperflows.data.datasets import Dataset, load
 from minihyperflows.engine.backend import cupy, require_gpu
 from minihyperflows.errors import UserError
-from minihyperflows.lab.gpu_epochs import GpuEpochs, Steering
+from minihyperflows.lab.epochs import Epoch
+from minihyperflows.lab.gpu_epochs import GpuEpochs
 from minihyperflows.lab.recipes import Recipe, find
 from minihyperflows.lab.runs import commit, gpu_versions, versions
 from minihyperflows.lab.training import make_optimizer
@@ -259,11 +260,10 @@ class OurTraining:
 
     def epoch(self) -> float:
         """One pass over the training set in a new order; returns the mean loss."""
-        steering = Steering(gamma=lambda: GAMMA, floor=None, after_step=lambda step, density: None)
         optimizers = (self.weights, self.presences)
         assert self.epochs
-        loss, _ = self.epochs.train(*optimizers, self.smoothing, steering, self.rng)
-        return loss
+        epoch = Epoch(*optimizers, self.smoothing, self.rng, gamma=lambda: GAMMA)
+        return self.epochs.train(epoch)[0]
 
     def evaluate(self) -> float:
         """The fraction of the test set that the network classifies correctly."""

@@ -6,8 +6,6 @@ end, and where a recipe changes the pressure within the epoch (chapter 14).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,8 @@ from minihyperflows.engine.backend import cupy, to_numpy
 from minihyperflows.engine.gpu.capture import Replay, new_stream, on_stream
 from minihyperflows.flows.gpu.flat import FlatTraining
 from minihyperflows.flows.gpu.update import Counter
+from minihyperflows.flows.recorder import LayerFlow
+from minihyperflows.lab.epochs import Epoch
 from minihyperflows.nn import Module
 from minihyperflows.nn.optim import Optimizer
 from minihyperflows.nn.restore import in_mode
@@ -27,26 +27,8 @@ from minihyperflows.nn.restore import in_mode
 EVALUATION_BATCH = 1000
 
 
-@dataclass(frozen=True)
-class Steering:
-    """How the pressure acts on an epoch, and what it is told.
-
-    Attributes:
-        gamma: the pressure now.
-        floor: t at or below it feel none; None for no floor.
-        after_step: called with the number of each step (from 0) and a function that gives the
-            density, for which the host must wait.
-        freeze_at_density: presences stop moving in the step that reaches it; None for never.
-    """
-
-    gamma: Callable[[], float]
-    floor: float | None
-    after_step: Callable[[int, Callable[[], float]], None]
-    freeze_at_density: float | None = None
-
-
 class GpuEpochs:
-    """Trains and evaluates ``net``, which is on a GPU, on a data set that is moved there.
+    """:class:`minihyperflows.lab.epochs.Epochs` on a GPU, to which the data set is moved.
 
     Args:
         net: the network, with float32 parameters.
@@ -77,55 +59,32 @@ class GpuEpochs:
         assert self._flat is not None
         return self._flat
 
-    def train(
-        self,
-        weights: Optimizer,
-        presences: Optimizer | None,
-        smoothing: float,
-        steering: Steering,
-        rng: np.random.Generator,
-        flux_samples: int = 0,
-    ) -> tuple[float, list[float]]:
-        """One pass over the training set in a new random order.
-
-        Args:
-            weights, presences: the optimisers, with the learning rates of this epoch.
-            smoothing: of the labels.
-            steering: of the pressure.
-            rng: draws the order, and the key of the augmentation's random numbers.
-            flux_samples: how often the flux is observed.
-
-        Returns:
-            The mean loss, and the pressure in each step.
-
-        Raises:
-            NonFiniteLossError: the loss became NaN or infinite; names the step.
-        """
+    def train(self, epoch: Epoch) -> tuple[float, list[float]]:
         with on_stream(self._stream):
-            self._prepare(weights, presences)
+            self._prepare(epoch.weights, epoch.presences)
             samples = len(self._order)
-            self._order.set(rng.permutation(samples).astype(np.int32))
+            self._order.set(epoch.rng.permutation(samples).astype(np.int32))
             if self.augment:
-                self._key.set(rng.integers(0, 2**32, 2, np.uint32))
-            self.flat.begin_epoch(steering.freeze_at_density)
-            gammas = self._steps(smoothing, steering, flux_samples)
+                self._key.set(epoch.rng.integers(0, 2**32, 2, np.uint32))
+            self.flat.begin_epoch(epoch.freeze_at_density)
+            gammas = self._steps(epoch)
             self._require_finite()
             self.flat.read_steps()
             return float(to_numpy(self.flat.arrays.loss_sum)[0]) / samples, gammas
 
-    def _steps(self, smoothing: float, steering: Steering, flux_samples: int) -> list[float]:
+    def _steps(self, epoch: Epoch) -> list[float]:
         samples = len(self._order)
         gammas: list[float] = []
         steps = -(-samples // self.batch_size)
         for step in range(steps):
-            gamma = steering.gamma()
+            gamma = epoch.gamma()
             if not gammas or gamma != gammas[-1]:
-                self.flat.set_rates(gamma, steering.floor)
+                self.flat.set_rates(gamma, epoch.floor)
             gammas.append(gamma)
-            self._step(min(self.batch_size, samples - step * self.batch_size), smoothing)
-            if flux_samples and step % max(1, steps // flux_samples) == 0:
+            self._step(min(self.batch_size, samples - step * self.batch_size), epoch.smoothing)
+            if epoch.observes(step, steps):
                 self.flat.arrays.observe_flux()
-            steering.after_step(step, lambda: self.flat.density)
+            epoch.after_step(step)
         return gammas
 
     def _step(self, batch: int, smoothing: float) -> None:
@@ -193,12 +152,26 @@ class GpuEpochs:
         )
         return (self.net(Tensor(x)).data.argmax(axis=1) == labels).sum()
 
-    # -- when the parameters are somebody else's again --------------------------------------------
+    # -- the gates -------------------------------------------------------------------------------
+
+    def record(self) -> None:
+        """The kernel that steps the parameters records what they do."""
+
+    def layer_flows(self) -> dict[str, LayerFlow]:
+        return {} if self.flat.presences is None else self.flat.layer_flows()
+
+    def density(self) -> float:
+        """As in the protocol; the host waits for it."""
+        return self.flat.density
+
+    def reached(self) -> bool:
+        return bool(self.flat.counter(Counter.FROZEN))
 
     def refresh(self) -> None:
-        """Take note of presences that were changed from outside."""
         if self._flat is not None:
             self._flat.refresh()
+
+    # -- when the parameters are somebody else's again --------------------------------------------
 
     def release(self) -> None:
         """Give the network back: it then computes in the precision of its parameters."""

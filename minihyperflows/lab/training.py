@@ -6,8 +6,7 @@ import dataclasses
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,24 +15,22 @@ from minihyperflows import flows
 from minihyperflows import functional as F
 from minihyperflows.data.augment import crop_and_flip
 from minihyperflows.data.datasets import Dataset, normalise
-from minihyperflows.data.prefetch import prefetch
-from minihyperflows.engine import DoubtfulResultWarning, NonFiniteLossError, Tensor, no_grad
-from minihyperflows.engine.backend import to_device
+from minihyperflows.engine import DoubtfulResultWarning, NonFiniteLossError, Tensor
 from minihyperflows.errors import UserError
 from minihyperflows.flows.gates import counts
-from minihyperflows.flows.gpu.update import Counter
-from minihyperflows.flows.recorder import FlowRecorder, LayerFlow
+from minihyperflows.flows.recorder import LayerFlow
 from minihyperflows.flows.stages import DENSE, PRUNING, REGROWTH, far_landing, land
 from minihyperflows.lab.checks import gateable, require_dtype, require_trainable
-from minihyperflows.lab.gpu_epochs import GpuEpochs, Steering
+from minihyperflows.lab.epochs import CpuEpochs, Epoch, Epochs
+from minihyperflows.lab.epochs import evaluate as evaluate
+from minihyperflows.lab.gpu_epochs import GpuEpochs
 from minihyperflows.lab.networks import build
 from minihyperflows.lab.recipes import PresenceTraining, Recipe, WeightTraining, find
 from minihyperflows.nn import BatchNorm2d, Module, Parameter, optim, weight_groups
 from minihyperflows.nn.counting import kept_weights
-from minihyperflows.nn.restore import in_mode
 
-EVALUATION_BATCH = 500
 FLUX_SAMPLES = 8  # times per epoch that the recorder reads the flux
+CPU_HOOKS = ("batches", "backward", "step")  # which the recorded step of a GPU has no place for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,43 +104,80 @@ def build_network(recipe: Recipe, data: Dataset, rng: np.random.Generator) -> Mo
     return build(recipe, len(data.classes), data.train_x.shape[1:], rng)
 
 
-def evaluate(net: Module, data: Dataset) -> float:
-    """The fraction of the test set that ``net`` classifies correctly, in evaluation mode.
-
-    Afterwards each module is in the mode in which it was.
-    """
-    like = next(iter(net.named_parameters().values()))
-    correct = 0
-    with no_grad(), in_mode(net, training=False):
-        for start in range(0, len(data.test_y), EVALUATION_BATCH):
-            batch = slice(start, start + EVALUATION_BATCH)
-            images = normalise(data.test_x[batch], data, like.dtype)
-            logits = net(Tensor(to_device(images, like.device)))
-            correct += int((logits.numpy().argmax(axis=1) == data.test_y[batch]).sum())
-    return correct / len(data.test_y)
-
-
 class Trainer:
-    """The state of a run between epochs, and the step from one epoch to the next."""
+    """The state of a run between epochs, and the step from one epoch to the next.
+
+    A subclass changes how a network is trained by overriding one of these hooks; each does what it
+    says here, and may call ``super()``. ``stage`` and ``stage_epoch`` say which epoch it is.
+
+    =====================  ===========================================================  ==========
+    :meth:`enter`          before each epoch: gates and optimisers at a stage's first   everywhere
+    :meth:`learning_rates` before each epoch: sets and returns both learning rates      everywhere
+    :meth:`gamma`          before each step: the pressure                               everywhere
+    :meth:`batches`        the batches of an epoch                                      CPU
+    :meth:`backward`       the gradients of one batch; returns its loss                 CPU
+    :meth:`step`           both optimisers step                                         CPU
+    =====================  ===========================================================  ==========
+
+    A GPU replays one recorded step (chapter 14), which has no place for the last three: a subclass
+    that overrides them is refused there.
+
+    Attributes:
+        epoch: epochs finished.
+        density: of the gated weights; 1 without gates.
+        weight_optimizer, presence_optimizer: None for the presences until there are gates.
+        scheduler: steers the pressure; None under a constant one.
+        loop: runs the epochs, on a CPU or a GPU.
+        landed_by: weights moved by ``flows.land``; None until it has run.
+        warnings: of this run, each once.
+
+    Raises:
+        UserError: a hook or a part of the recipe cannot run on the network's device.
+    """
 
     def __init__(
         self, net: Module, data: Dataset, recipe: Recipe, rng: np.random.Generator
     ) -> None:
         self.net, self.data, self.recipe, self.rng = net, data, recipe, rng
-        self.epoch = 0  # epochs finished
+        self.epoch = 0
         self.density = 1.0
         self.density_before_regrowth = 1.0
-        self.landed_by: int | None = None  # weights moved by flows.land; None until it has run
-        self.warnings: list[str] = []  # of this run, each once
+        self.landed_by: int | None = None
+        self.warnings: list[str] = []
         if flows.presences(net):
             raise ValueError("the network has gates already: training starts with a dense one")
+        if not net.training:
+            net.train()
         require_trainable(net, recipe, data.train_x.shape[1:], len(data.train_y))
         self._warn(few_weights(net, recipe))
         self.weight_optimizer = make_optimizer(trainable(net, recipe), recipe.dense)
         self.presence_optimizer: optim.Optimizer | None = None
-        self.recorder: FlowRecorder | None = None
         self.scheduler = pressure_scheduler(recipe)
-        self.gpu = gpu_epochs(net, data, recipe)
+        self.loop = self._loop()
+
+    def _loop(self) -> Epochs:
+        """What runs the epochs on the network's device."""
+        recipe, device = self.recipe, self.net.parameters()[0].device
+        if device == "cpu":
+            return CpuEpochs(self, self.net, self.data, recipe.batch_size, recipe.augment)
+        changed = [n for n in CPU_HOOKS if getattr(type(self), n) is not getattr(Trainer, n)]
+        if changed:
+            raise UserError(
+                f"{type(self).__name__} overrides {', '.join(changed)}, which a GPU does not call: "
+                "train on the CPU, or override enter, learning_rates or gamma"
+            )
+        require_dtype(recipe, device)
+        return GpuEpochs(self.net, self.data, recipe.batch_size, recipe.augment, recipe.gpu_dtype)
+
+    @property
+    def stage(self) -> str:
+        """The stage of the epoch that runs, or is next: "dense", "pruning" or "regrowth"."""
+        return self.recipe.timeline.locate(self.epoch + 1)[0]
+
+    @property
+    def stage_epoch(self) -> int:
+        """The number of that epoch within its stage, from 1."""
+        return self.recipe.timeline.locate(self.epoch + 1)[1]
 
     @property
     def _target_density(self) -> float | None:
@@ -155,23 +189,26 @@ class Trainer:
         return self.epoch >= self.recipe.timeline.epochs
 
     def run_epoch(self) -> EpochRecord:
-        """Train for one epoch, evaluate, and let the controllers draw their conclusions."""
-        started = time.perf_counter()
-        stage, k = self.recipe.timeline.locate(self.epoch + 1)
-        self._enter(stage, k)
-        lr_weights, lr_presence = self._learning_rates(stage, k)
-        expected = self._expected_density(stage, k)
-        with np.errstate(over="ignore", invalid="ignore"):  # _backward reports what comes of it
-            loss, gamma = self._train_one_epoch(stage, k)
+        """Train for one epoch, evaluate, and let the controllers draw their conclusions.
+
+        A network in evaluation mode is put in training mode; a module of it that was frozen by its
+        own ``eval()`` stays so.
+        """
+        started, stage = time.perf_counter(), self.stage
+        if not self.net.training:
+            self.net.train()
+        self.enter()
+        lr_weights, lr_presence = self.learning_rates()
+        expected = self._expected_density()
+        loss, gamma = self._train_one_epoch()
         self.epoch += 1
-        accuracy = self.gpu.accuracy() if self.gpu else evaluate(self.net, self.data)
-        layers = self._layer_flows()
+        accuracy = self.loop.accuracy()
+        layers = self.loop.layer_flows()
         if stage != DENSE:
             self.density = flows.density(self.net)
         if self.finished:
             self._warn(empty_layers(self.net))
-            if self.gpu:
-                self.gpu.release()
+            self.loop.release()
         return EpochRecord(
             epoch=self.epoch,
             stage=stage,
@@ -187,53 +224,26 @@ class Trainer:
             layers=layers,
         )
 
-    # -- between epochs --------------------------------------------------------------------------
+    # -- hooks, between epochs -------------------------------------------------------------------
 
-    def _enter(self, stage: str, k: int) -> None:
-        """What changes on the first epoch of a stage."""
-        if k > 1:
+    def enter(self) -> None:
+        """What changes before an epoch: at the first of the pruning stage the network gets gates,
+        and both optimisers begin anew."""
+        if self.stage_epoch > 1:
             return
-        if stage == PRUNING:
+        if self.stage == PRUNING:
             flows.attach(self.net, init=self.recipe.presence.init, rng=self.rng)
             self._start_pruning()
-        elif stage == REGROWTH:
+        elif self.stage == REGROWTH:
             self.density_before_regrowth = self.density
 
-    def _start_pruning(self) -> None:
-        """Optimisers and recorder of the gated network; they serve the regrowth stage too.
-
-        (On a GPU the kernel that steps the parameters records what they do.)
-        """
-        weights = trainable(self.net, self.recipe)
-        self.weight_optimizer = make_optimizer(weights, self.recipe.pruning)
-        presences = list(flows.presences(self.net).values())
-        self.presence_optimizer = make_optimizer(presences, self.recipe.presence)
-        self._record()
-
-    def _record(self) -> None:
-        self.recorder = None if self.gpu else FlowRecorder(self.net)
-
-    def _layer_flows(self) -> dict[str, LayerFlow]:
-        """What each gated layer did in this epoch."""
-        if self.gpu and self.presence_optimizer:
-            return self.gpu.flat.layer_flows()
-        return self.recorder.take() if self.recorder else {}
-
-    def _gamma(self, stage: str) -> float:
-        if stage != PRUNING:
-            return 0.0
-        if self.scheduler is None:
-            assert self.recipe.pressure.gamma is not None
-            return self.recipe.pressure.gamma
-        return self.scheduler.gamma
-
-    def _learning_rates(self, stage: str, k: int) -> tuple[float, float]:
-        """Set the learning rates of epoch ``k`` of ``stage``, and return them."""
-        recipe, late = self.recipe, self.recipe.late_epochs
+    def learning_rates(self) -> tuple[float, float]:
+        """Set the learning rates of an epoch, of the weights and of t, and return them."""
+        recipe, late, k = self.recipe, self.recipe.late_epochs, self.stage_epoch
         presence = recipe.presence.lr
-        if stage == DENSE:
+        if self.stage == DENSE:
             weights, presence = recipe.dense.lr_at(k), 0.0
-        elif stage == PRUNING:
+        elif self.stage == PRUNING:
             weights = recipe.pruning.lr_at(k)
         else:
             weights = recipe.regrowth.lr_at(k, late)
@@ -245,79 +255,18 @@ class Trainer:
             self.presence_optimizer.lr = presence
         return weights, presence
 
-    def _expected_density(self, stage: str, k: int) -> float | None:
-        if stage == DENSE:
-            return 1.0
-        if stage == PRUNING:
-            if self.scheduler is None:
-                return None
-            return self.scheduler.expected(k * self.recipe.pressure.updates_per_epoch)
-        return self._target_density
+    # -- hooks, within an epoch ------------------------------------------------------------------
 
-    # -- within an epoch -------------------------------------------------------------------------
+    def gamma(self) -> float:
+        """The pressure in the next step, in units of the mean of t."""
+        if self.stage != PRUNING:
+            return 0.0
+        if self.scheduler is None:
+            assert self.recipe.pressure.gamma is not None
+            return self.recipe.pressure.gamma
+        return self.scheduler.gamma
 
-    def _train_one_epoch(self, stage: str, k: int) -> tuple[float, float]:
-        """One pass over the training set; returns the mean loss and the mean pressure."""
-        recipe = self.recipe
-        smoothing = recipe.dense.label_smoothing
-        if stage != DENSE:
-            smoothing = recipe.pruning.label_smoothing
-        if self.gpu:
-            return self._train_on_gpu(self.gpu, stage, k, smoothing)
-        steps = -(-len(self.data.train_y) // recipe.batch_size)
-        total, gammas = 0.0, []
-        with closing(self._prepared_batches()) as batches:
-            for step, (x, y) in enumerate(batches):
-                gammas.append(self._gamma(stage))
-                loss = F.cross_entropy(self.net(x), y, smoothing)
-                total += loss.item() * len(y)
-                self._backward(loss, gammas[-1], step)
-                if self.recorder and step % max(1, steps // FLUX_SAMPLES) == 0:
-                    self.recorder.observe_flux(gammas[-1], recipe.pressure.floor)
-                self._step(stage)
-                if stage == PRUNING:
-                    self._steer(k, step, steps, self._recorded_density)
-        if stage == REGROWTH and self.landed_by is None and 2 * k >= recipe.timeline.regrowth:
-            self._land()
-        # The mean of floats in `statistics` is exact: a constant pressure is its own mean.
-        return total / len(self.data.train_y), statistics.mean(gammas)
-
-    def _train_on_gpu(
-        self, gpu: GpuEpochs, stage: str, k: int, smoothing: float
-    ) -> tuple[float, float]:
-        """The same on a GPU, where landing waits for the end of the epoch: a weight that reaches
-        the target's density stops all presences, and their number is made exact then."""
-        recipe, steps = self.recipe, -(-len(self.data.train_y) // self.recipe.batch_size)
-        landing = stage == REGROWTH and recipe.regrowth.land and self.landed_by is None
-
-        def after_step(step: int, density: Callable[[], float]) -> None:
-            if stage == PRUNING:
-                self._steer(k, step, steps, density)
-
-        steering = Steering(
-            gamma=lambda: self._gamma(stage),
-            floor=recipe.pressure.floor,
-            after_step=after_step,
-            freeze_at_density=self._target_density if landing else None,
-        )
-        optimizers = (self.weight_optimizer, self.presence_optimizer)
-        samples = FLUX_SAMPLES if self.presence_optimizer else 0
-        try:
-            loss, gammas = gpu.train(*optimizers, smoothing, steering, self.rng, samples)
-        except NonFiniteLossError as error:
-            raise _diverged(self.epoch + 1, error) from None
-        if landing and (gpu.flat.counter(Counter.FROZEN) or 2 * k >= recipe.timeline.regrowth):
-            self._land()
-        return loss, statistics.mean(gammas)
-
-    def _prepared_batches(self) -> Generator[tuple[Tensor, np.ndarray]]:
-        """The batches of one epoch, those with augmentation made ahead in a second thread.
-
-        The others are made in less time than a batch takes to change threads.
-        """
-        return prefetch(self._batches()) if self.recipe.augment else self._batches()
-
-    def _batches(self) -> Generator[tuple[Tensor, np.ndarray]]:
+    def batches(self) -> Generator[tuple[Tensor, np.ndarray]]:
         """The training set in a new random order; the last batch may be smaller."""
         recipe, data = self.recipe, self.data
         order = self.rng.permutation(len(data.train_y))
@@ -328,43 +277,95 @@ class Trainer:
                 images = crop_and_flip(images, self.rng)
             yield Tensor(normalise(images, data, np.dtype(recipe.dtype))), data.train_y[chosen]
 
-    def _backward(self, loss: Tensor, gamma: float, step: int) -> None:
-        """Gradients of L = L_data + gamma P for the weights and for t."""
+    def backward(self, x: Tensor, y: np.ndarray) -> float:
+        """Gradients of L = L_data + gamma P for the weights and for t; returns L_data."""
+        loss = F.cross_entropy(self.net(x), y, self.smoothing)
+        total, gamma = loss, self.gamma()
         self.net.zero_grad()
         if gamma:
-            loss = loss + gamma * flows.pressure(self.net, self.recipe.pressure.floor)
-        try:
-            loss.backward()
-        except NonFiniteLossError as error:
-            raise _diverged(self.epoch + 1, f"step {step + 1}: {error}") from None
+            total = loss + gamma * flows.pressure(self.net, self.recipe.pressure.floor)
+        total.backward()
+        return loss.item()
 
-    def _step(self, stage: str) -> None:
+    def step(self) -> None:
         """Both optimisers step on the gradients of the same backward pass, weights first."""
         self.weight_optimizer.step()
-        if self.presence_optimizer and self.recorder and self.presence_optimizer.lr > 0:
+        if self.presence_optimizer and self.presence_optimizer.lr > 0:
             self.presence_optimizer.step()
-            self.recorder.observe_step()
+            self.loop.refresh()
             target = self._target_density
-            if stage == REGROWTH and target is not None and self.recorder.density >= target:
+            if self.stage == REGROWTH and target is not None and self.loop.density() >= target:
                 self._land()
 
-    def _recorded_density(self) -> float:
-        assert self.recorder
-        return self.recorder.density
+    # -- an epoch --------------------------------------------------------------------------------
 
-    def _steer(self, k: int, step: int, steps: int, density: Callable[[], float]) -> None:
+    @property
+    def smoothing(self) -> float:
+        """The label smoothing of the stage."""
+        recipe = self.recipe
+        return (recipe.dense if self.stage == DENSE else recipe.pruning).label_smoothing
+
+    def _start_pruning(self) -> None:
+        """Optimisers and recorder of the gated network; they serve the regrowth stage too."""
+        weights = trainable(self.net, self.recipe)
+        self.weight_optimizer = make_optimizer(weights, self.recipe.pruning)
+        presences = list(flows.presences(self.net).values())
+        self.presence_optimizer = make_optimizer(presences, self.recipe.presence)
+        self.loop.record()
+
+    def _expected_density(self) -> float | None:
+        if self.stage == DENSE:
+            return 1.0
+        if self.stage == PRUNING:
+            if self.scheduler is None:
+                return None
+            return self.scheduler.expected(
+                self.stage_epoch * self.recipe.pressure.updates_per_epoch
+            )
+        return self._target_density
+
+    def _train_one_epoch(self) -> tuple[float, float]:
+        """One pass over the training set; returns the mean loss and the mean pressure."""
+        regrowth = self.recipe.regrowth
+        landing = self.stage == REGROWTH and regrowth.land and self.landed_by is None
+        epoch = Epoch(
+            self.weight_optimizer,
+            self.presence_optimizer,
+            self.smoothing,
+            self.rng,
+            gamma=self.gamma,
+            floor=self.recipe.pressure.floor,
+            after_step=self._steer,
+            freeze_at_density=self._target_density if landing else None,
+            flux_samples=FLUX_SAMPLES if self.presence_optimizer else 0,
+        )
+        try:
+            with np.errstate(over="ignore", invalid="ignore"):  # the loss says what comes of it
+                loss, gammas = self.loop.train(epoch)
+        except NonFiniteLossError as error:
+            raise NonFiniteLossError(
+                f"epoch {self.epoch + 1}, {error}; a lower learning rate may help"
+            ) from None
+        halfway = 2 * self.stage_epoch >= self.recipe.timeline.regrowth
+        if landing and self.landed_by is None and (halfway or self.loop.reached()):
+            self._land()
+        # The mean of floats in `statistics` is exact: a constant pressure is its own mean.
+        return loss, statistics.mean(gammas)
+
+    def _steer(self, step: int) -> None:
         """Update the pressure if ``step`` (from 0) is the last of one of the scheduler's periods.
 
-        Pruning epoch ``k`` has ``steps`` batches and ``updates_per_epoch`` periods, numbered on
-        from those of the epochs before. (Should it have more periods than batches, several end
-        with the same batch.) ``density`` measures it.
+        A pruning epoch has ``updates_per_epoch`` periods, numbered on from those of the epochs
+        before. (Should it have more periods than batches, several end with the same batch.)
         """
-        if self.scheduler is None:
+        if self.scheduler is None or self.stage != PRUNING:
             return
+        steps = -(-len(self.data.train_y) // self.recipe.batch_size)
         updates = self.recipe.pressure.updates_per_epoch
         before, after = (n * updates // steps for n in (step, step + 1))  # periods that are over
         for period in range(before + 1, after + 1):
-            self.scheduler.update((k - 1) * updates + period, density())
+            number = (self.stage_epoch - 1) * updates + period
+            self.scheduler.update(number, self.loop.density())
 
     def _land(self) -> None:
         """End the regrowth: bring the density to the target and freeze the topology."""
@@ -373,10 +374,7 @@ class Trainer:
             self.landed_by = land(self.net, target)
             self._note(far_landing(self.landed_by, gateable(self.net)))
             self.presence_optimizer.lr = 0.0
-            if self.recorder:
-                self.recorder.observe_step()
-            if self.gpu:
-                self.gpu.refresh()
+            self.loop.refresh()
 
     # -- warnings --------------------------------------------------------------------------------
 
@@ -410,7 +408,7 @@ class Trainer:
             "gated": self.presence_optimizer is not None,
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "rng": self.rng.bit_generator.state,
-            "loss_scale": self.gpu.state_dict() if self.gpu else None,
+            "loss_scale": self.loop.state_dict(),
         }
         return arrays, values
 
@@ -423,9 +421,8 @@ class Trainer:
         self.weight_optimizer.load_state_dict(_with_prefix(arrays, "weights."))
         if self.presence_optimizer:
             self.presence_optimizer.load_state_dict(_with_prefix(arrays, "presences."))
-            self._record()
-        if self.gpu:
-            self.gpu.load_state_dict(values["loss_scale"])
+            self.loop.record()
+        self.loop.load_state_dict(values["loss_scale"])
         if self.scheduler:
             self.scheduler.load_state_dict(values["scheduler"])
         self.rng.bit_generator.state = values["rng"]
@@ -462,23 +459,6 @@ def empty_layers(net: Module) -> str | None:
         f"no weight is left in {', '.join(empty)}: nothing of what reaches a layer without weights "
         "gets through; a lower target or pressure leaves some"
     )
-
-
-def gpu_epochs(net: Module, data: Dataset, recipe: Recipe) -> GpuEpochs | None:
-    """What trains ``net`` if it is on a GPU; None on the CPU.
-
-    Raises:
-        UserError: the recipe's weights are not float32, which the GPU's kernels need.
-    """
-    device = net.parameters()[0].device
-    if device == "cpu":
-        return None
-    require_dtype(recipe, device)
-    return GpuEpochs(net, data, recipe.batch_size, recipe.augment, recipe.gpu_dtype)
-
-
-def _diverged(epoch: int, what: object) -> NonFiniteLossError:
-    return NonFiniteLossError(f"epoch {epoch}, {what}; a lower learning rate may help")
 
 
 def _with_prefix(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

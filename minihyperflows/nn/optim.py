@@ -135,7 +135,7 @@ class Optimizer:
             scratch = empty(xp, (2, theta.size), dtype)
             wide = theta.astype(dtype, copy=False)
             gradient = gradient.astype(computing_dtype(gradient.dtype), copy=False)
-            self._update_block(wide, gradient, list(slots), step, scratch)
+            self.update_block(wide, gradient, list(slots), step, scratch)
             if wide is not theta:
                 theta[...] = wide
 
@@ -150,7 +150,7 @@ class Optimizer:
         its round-off."""
         return {}
 
-    def _update_block(
+    def update_block(
         self, theta: Array, gradient: Array, slots: list[Array], step: int, scratch: Array
     ) -> None:
         raise NotImplementedError
@@ -218,7 +218,7 @@ class SGD(Optimizer):
     def _decays(self, kind: np.finfo) -> dict[str, tuple[float, float]]:
         return {"velocity": (self.momentum, np.inf)}
 
-    def _update_block(
+    def update_block(
         self, theta: Array, gradient: Array, slots: list[Array], step: int, scratch: Array
     ) -> None:
         xp, (velocity,), (g, s) = xp_of(theta), slots, scratch
@@ -272,7 +272,7 @@ class Adam(Optimizer):
         size = float(kind.eps) / 2 * self.eps
         return {"m": (self.betas[0], size), "v": (self.betas[1], size * size)}
 
-    def _update_block(
+    def update_block(
         self, theta: Array, gradient: Array, slots: list[Array], step: int, scratch: Array
     ) -> None:
         xp, (m, v), (g, s) = xp_of(theta), slots, scratch

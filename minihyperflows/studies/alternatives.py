@@ -219,8 +219,8 @@ class EqualRates(Trainer):
 
     budget: Recipe
 
-    def _learning_rates(self, stage: str, k: int) -> tuple[float, float]:
-        _, presence = super()._learning_rates(stage, k)
+    def learning_rates(self) -> tuple[float, float]:
+        _, presence = super().learning_rates()
         rate = learning_rate(self.budget, self.budget.dense.epochs + self.epoch + 1)
         self.weight_optimizer.lr = rate
         return rate, presence

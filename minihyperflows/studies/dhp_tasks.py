@@ -21,8 +21,8 @@ from minihyperflows.data.augment import crop_and_flip, flip
 from minihyperflows.data.datasets import Dataset, channel_statistics, load, normalise
 from minihyperflows.engine import Tensor, no_grad
 from minihyperflows.engine.backend import to_device
+from minihyperflows.lab.epochs import EVALUATION_BATCH, evaluate
 from minihyperflows.lab.recipes import WeightTraining
-from minihyperflows.lab.training import EVALUATION_BATCH, evaluate
 from minihyperflows.nn import Module, models
 from minihyperflows.nn.models.blocks import conv
 from minihyperflows.nn.models.resnets import BasicBlock, ResNet

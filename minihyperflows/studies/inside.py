@@ -153,11 +153,11 @@ class SeededTrainer(Trainer):
         self.epoch = recipe.dense.epochs  # the dense stage is over
         self.masks: list[np.ndarray] = []
 
-    def _enter(self, stage: str, k: int) -> None:
+    def enter(self) -> None:
         order = self.rng
-        if (stage, k) == (PRUNING, 1):
+        if (self.stage, self.stage_epoch) == (PRUNING, 1):
             self.rng = self.presence_rng
-        super()._enter(stage, k)
+        super().enter()
         self.rng = order
 
     def run_epoch(self) -> EpochRecord:
@@ -179,13 +179,13 @@ class BottleneckTrainer(Trainer):
         level = self.epoch * LEVELS // self.recipe.pruning.epochs
         return 5.0**level if level else 0.0
 
-    def _step(self, stage: str) -> None:
+    def step(self) -> None:
         layers = gated_layers(self.net)
         share = self.pressure() / sum(layer.weight.size for layer in layers.values())
         for name, layer in layers.items():
             if self.layer in (name, "all"):
                 layer.presence.grad = layer.presence.grad + np.asarray(share, layer.weight.dtype)
-        super()._step(stage)
+        super().step()
 
 
 def train_dense(

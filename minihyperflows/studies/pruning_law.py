@@ -177,15 +177,14 @@ class IterativeTrainer(Trainer):
         batches: int,
     ) -> None:
         super().__init__(net, data, recipe, rng)
-        self.method, self.batches = method, batches
+        self.method, self.in_a_step = method, batches
         self.cut: Row = {}  # what the last prune did
-        self._samples = 0
 
-    def _enter(self, stage: str, k: int) -> None:
-        super()._enter(stage, k)
-        if stage == PRUNING:
+    def enter(self) -> None:
+        super().enter()
+        if self.stage == PRUNING:
             weights = sum(t.size for t in flows.presences(self.net).values())
-            keep = kept_weights((1 - SHARE) ** k, weights)
+            keep = kept_weights((1 - SHARE) ** self.stage_epoch, weights)
             removed, kept = prune_lowest(self.net, self._saliency(), keep)
             accuracy = evaluate(self.net, self.data)
             self.cut = {
@@ -200,21 +199,13 @@ class IterativeTrainer(Trainer):
             return {name: abs(layer.weight.data) for name, layer in layers.items()}
         return taylor_saliency(
             self.net,
-            islice(super()._batches(), TAYLOR_BATCHES),
+            islice(super().batches(), TAYLOR_BATCHES),
             self.recipe.pruning.label_smoothing,
             each=self.method == "taylor-batches",
         )
 
-    def _batches(self) -> Generator[tuple[Tensor, np.ndarray]]:
-        stage, _ = self.recipe.timeline.locate(self.epoch + 1)
-        self._samples = 0
-        for x, y in islice(super()._batches(), self.batches if stage == PRUNING else None):
-            self._samples += len(y)
-            yield x, y
-
-    def _train_one_epoch(self, stage: str, k: int) -> tuple[float, float]:
-        loss, gamma = super()._train_one_epoch(stage, k)
-        return loss * len(self.data.train_y) / self._samples, gamma
+    def batches(self) -> Generator[tuple[Tensor, np.ndarray]]:
+        yield from islice(super().batches(), self.in_a_step if self.stage == PRUNING else None)
 
 
 def taylor_saliency(
@@ -255,8 +246,8 @@ class StaircaseTrainer(Trainer):
         super().__init__(net, data, recipe, rng)
         self.gammas, self.epochs_per_level = gammas, epochs_per_level
 
-    def _gamma(self, stage: str) -> float:
-        if stage != PRUNING:
+    def gamma(self) -> float:
+        if self.stage != PRUNING:
             return 0.0
         return self.gammas[(self.epoch - self.recipe.dense.epochs) // self.epochs_per_level]
 

@@ -126,10 +126,10 @@ class RemovalTrainer(Trainer):
 
     removed_after: np.ndarray | None = None
 
-    def _step(self, stage: str) -> None:
+    def step(self) -> None:
         if self.presence_optimizer and self.removed_after is None:
             self._begin()
-        super()._step(stage)
+        super().step()
         if self.removed_after is not None:
             self._observe(self.removed_after)
 

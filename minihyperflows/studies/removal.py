@@ -71,16 +71,16 @@ class WatchingTrainer(Trainer):
             self.history.append({k: probe.second_order(k).astype(np.float32) for k in LAYERS})
         return record
 
-    def _step(self, stage: str) -> None:
-        if stage != DENSE:
+    def step(self) -> None:
+        if self.stage != DENSE:
             layers = gated_layers(self.net)
-            share = self._gamma(stage) / sum(layer.weight.size for layer in layers.values())
+            share = self.gamma() / sum(layer.weight.size for layer in layers.values())
             for name, layer in layers.items():
                 flux = np.asarray(layer.presence.grad) - share
                 self.flux_sum[name] = self.flux_sum.get(name, 0) + flux
                 self.square_sum[name] = self.square_sum.get(name, 0) + flux * flux
             self.steps += 1
-        super()._step(stage)
+        super().step()
 
 
 def estimates(

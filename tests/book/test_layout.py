@@ -216,6 +216,20 @@ def test_nothing_below_lab_prints_or_reads_options(name: str) -> None:
             assert silent, f"{name}, line {node.lineno}: {node.func.id}"
 
 
+STUDIES = [name for name in MODULES if ".studies." in name and not name.endswith("__main__")]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_studies_override_public_names_only(name: str) -> None:
+    """What a study changes about a class of another room, that room promises to call."""
+    for kind in vars(importlib.import_module(name)).values():
+        if inspect.isclass(kind) and kind.__module__ == name:
+            private = {n for n in vars(kind) if n.startswith("_") and not n.startswith("__")}
+            for base in kind.__mro__[1:]:
+                if base.__module__.startswith(mh.__name__) and ".studies." not in base.__module__:
+                    assert not private & set(vars(base)), f"{name}.{kind.__name__} of {base}"
+
+
 @every_module
 def test_randomness_is_handed_in(name: str) -> None:
     assert "random" not in set(imports(name))

@@ -122,12 +122,13 @@ def augmented_trainer():
 
 
 @pytest.mark.slow
-def test_training_is_the_same_with_and_without_prefetching(monkeypatch):
+def test_training_is_the_same_with_and_without_prefetching():
     """Losses, weights and the state of the generator, to the last bit."""
     states = []
-    for prepared in (Trainer._prepared_batches, Trainer._batches):
-        monkeypatch.setattr(Trainer, "_prepared_batches", prepared)
+    for ahead in (True, False):
         trainer = augmented_trainer()
+        assert trainer.loop.ahead
+        trainer.loop.ahead = ahead
         records = [trainer.run_epoch() for _ in range(3)]
         arrays, values = trainer.state_dict()
         losses = [(r.train_loss, r.test_accuracy, r.density) for r in records]
@@ -143,18 +144,18 @@ def test_batches_are_made_in_another_thread_if_they_are_augmented(monkeypatch):
             threads.append(threading.current_thread())
             yield batch
 
-    real = Trainer._batches
-    monkeypatch.setattr(Trainer, "_batches", batches)
+    real = Trainer.batches
+    monkeypatch.setattr(Trainer, "batches", batches)
     augmented_trainer().run_epoch()
     assert len(threads) == 7
     assert threading.current_thread() not in threads
 
 
 def test_an_epoch_that_fails_leaves_no_thread(monkeypatch):
-    def fail(self, stage):
+    def fail(self):
         raise RuntimeError("in the middle of an epoch")
 
-    monkeypatch.setattr(Trainer, "_step", fail)
+    monkeypatch.setattr(Trainer, "step", fail)
     with pytest.raises(RuntimeError, match="in the middle"):
         augmented_trainer().run_epoch()
     assert not threads_of_prefetch()

@@ -88,13 +88,47 @@ def test_a_run_in_single_precision_is_that_of_the_cpu(gpu, digits):
     assert flows.density(on_gpu.net) == flows.density(on_cpu.net)  # both landed
 
 
+def subclass(*hooks) -> type[lab.Trainer]:
+    """A trainer that overrides these, and does in them what it would do anyway."""
+    return type("Mine", (lab.Trainer,), {n: _same(n) for n in hooks})
+
+
+def _same(name):
+    return lambda self, *arguments: getattr(lab.Trainer, name)(self, *arguments)
+
+
+@pytest.mark.parametrize("hooks", [("batches",), ("backward",), ("step",), ("batches", "step")])
+def test_a_hook_that_a_gpu_does_not_call_is_refused(gpu, digits, hooks):
+    rng = np.random.default_rng(0)
+    net = lab.build_network(TINY, digits, rng)
+    kind = subclass(*hooks)
+    kind(net, digits, TINY, rng)  # on the CPU it may
+    with pytest.raises(lab.UserError, match=f"Mine overrides {', '.join(hooks)}, which a GPU does"):
+        kind(net.to("cuda"), digits, TINY, rng)
+    with pytest.raises(lab.UserError, match="Heir overrides"):
+        type("Heir", (kind,), {})(net, digits, TINY, rng)
+
+
+def test_the_other_hooks_are_called_on_a_gpu_too(gpu, digits):
+    class Pressed(subclass("enter", "learning_rates")):
+        def gamma(self):
+            return 7.0 if self.stage == "pruning" else 0.0
+
+    rng = np.random.default_rng(0)
+    recipe = TINY.with_fields({"dense.epochs": 0})
+    record = Pressed(
+        lab.build_network(TINY, digits, rng).to("cuda"), digits, recipe, rng
+    ).run_epoch()
+    assert record.gamma == 7.0
+
+
 @pytest.mark.slow
 def test_evaluation_puts_every_mode_back(gpu, shapes):
     trainer = trainer_of(VGG, shapes)
     modules = [module for _, module in trainer.net.named_modules()]
     modules[-1].eval()  # frozen by its user
     modes = [module.training for module in modules]
-    assert 0 <= trainer.gpu.accuracy() <= 1
+    assert 0 <= trainer.loop.accuracy() <= 1
     assert [module.training for module in modules] == modes
 
 
@@ -132,7 +166,7 @@ def after_four_steps(data, replayed: bool) -> dict[str, np.ndarray]:
     trainer = trainer_of(VGG, data)
     flows.attach(trainer.net, init=(-0.1, 0.1), rng=np.random.default_rng(1))
     trainer._start_pruning()
-    loop = trainer.gpu
+    loop = trainer.loop
     loop._prepare(trainer.weight_optimizer, trainer.presence_optimizer)
     loop._order.set(np.arange(36, dtype=np.int32))
     loop.flat.begin_epoch()
@@ -159,7 +193,7 @@ def test_the_host_reads_nothing_within_an_epoch(gpu, shapes, monkeypatch):
         pytest.skip("a real GPU does not say when it is waited for")
     told: list[str] = []
     trainer = trainer_of(VGG, shapes)
-    steps = trainer.gpu._steps
+    steps = trainer.loop._steps
 
     def observed(*arguments):
         monkeypatch.setattr("minihyperflows.emulator.array.forbid", told.append)
@@ -169,7 +203,7 @@ def test_the_host_reads_nothing_within_an_epoch(gpu, shapes, monkeypatch):
         finally:
             monkeypatch.undo()
 
-    trainer.gpu._steps = observed
+    trainer.loop._steps = observed
     trainer.run_epoch()
     assert told  # something was looked at
     assert not [what for what in told if "reading" in what or "synchronize" in what]

@@ -1,6 +1,7 @@
 """The training loop: stages, switches, landing, determinism."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -132,14 +133,14 @@ def test_several_updates_of_the_pressure_in_an_epoch(data, monkeypatch):
         updates.append((len(steps), period, density))
         return real_update(self, period, density)
 
-    def step(self, stage):
-        steps.append(stage)
-        real_step(self, stage)
+    def step(self):
+        steps.append(self.stage)
+        real_step(self)
 
-    real_update, real_step = flows.PressureScheduler.update, lab.Trainer._step
+    real_update, real_step = flows.PressureScheduler.update, lab.Trainer.step
     with monkeypatch.context() as patch:
         patch.setattr(flows.PressureScheduler, "update", update)
-        patch.setattr(lab.Trainer, "_step", step)
+        patch.setattr(lab.Trainer, "step", step)
         _, records = run(recipe, data)
     pruning = [r for r in records if r.stage == "pruning"]
     assert [(n, period) for n, period, _ in updates] == [(4 + 2 * p, p) for p in range(1, 11)]
@@ -270,6 +271,77 @@ def test_a_frozen_batch_norm_takes_a_batch_of_one(data):
         lab.Trainer(net, data, recipe, rng)
     net[1].eval()
     assert lab.Trainer(net, data, recipe, rng).run_epoch().epoch == 1
+
+
+def test_a_network_in_evaluation_mode_is_trained_all_the_same(data):
+    """Its batch norms take the statistics of the batches, whenever ``eval`` was called."""
+    states = []
+    for evaluated in (False, True):
+        rng = np.random.default_rng(0)
+        net = nn.Sequential(nn.Flatten(), nn.BatchNorm2d(64), nn.Linear(64, 10, rng=rng))
+        recipe = change(TINY, dense={"epochs": 2}, pruning={"epochs": 2}, regrowth={"epochs": 1})
+        if evaluated:
+            net.eval()
+        for _ in lab.train(net, data, recipe, rng=rng):
+            assert [m.training for _, m in net.named_modules()] == [True] * 4
+            if evaluated:
+                net.eval()  # as one does to look at it between two epochs
+        states.append({name: a.tobytes() for name, a in net.state_dict().items()})
+    assert states[0] == states[1]
+    one_left = dataclasses.replace(TINY, batch_size=len(data.train_y) - 1)
+    net = nn.Sequential(nn.Flatten(), nn.BatchNorm2d(64), nn.Linear(64, 10, rng=rng))
+    net.eval()
+    with pytest.raises(lab.UserError, match="a batch of one"):
+        lab.Trainer(net, data, one_left, rng)
+
+
+# -- hooks -----------------------------------------------------------------------------------------
+
+
+def test_the_hooks_are_called_in_their_order(data):
+    """Each once where the class says so, and a pressure of one's own counts."""
+    calls = []
+
+    class Told(lab.Trainer):
+        def gamma(self):
+            return 3.0 if self.stage == "pruning" else 0.0
+
+        def batches(self):
+            calls.append("batches")
+            yield from super().batches()
+
+    def telling(name):
+        def hook(self, *arguments):
+            calls.append(name)
+            return getattr(super(Told, self), name)(*arguments)
+
+        return hook
+
+    for name in ("enter", "learning_rates", "backward", "step"):
+        setattr(Told, name, telling(name))
+    rng = np.random.default_rng(0)
+    recipe = change(TINY, dense={"epochs": 1}, pruning={"epochs": 1})
+    trainer = Told(lab.build_network(recipe, data, rng), data, recipe, rng)
+    assert (trainer.stage, trainer.stage_epoch) == ("dense", 1)
+    trainer.run_epoch()
+    assert calls == ["enter", "learning_rates", "batches", *["backward", "step"] * 4]
+    assert trainer.run_epoch().gamma == 3.0
+    assert (trainer.stage, trainer.stage_epoch) == ("regrowth", 1)
+
+
+def test_the_mean_loss_is_over_the_images_that_were_seen(data):
+    class Fewer(lab.Trainer):
+        def batches(self):
+            yield from itertools.islice(super().batches(), 2)
+
+        def backward(self, x, y):
+            losses.append(super().backward(x, y))
+            return losses[-1]
+
+    losses, rng = [], np.random.default_rng(0)
+    trainer = Fewer(lab.build_network(TINY, data, rng), data, TINY, rng)
+    assert trainer.run_epoch().train_loss == pytest.approx(np.mean(losses), rel=1e-12)
+    assert len(losses) == 2
 
 
 # -- what goes wrong quietly -----------------------------------------------------------------------
