@@ -18,6 +18,9 @@ The floors, in reading order; each imports only from those before it:
 ``emulator`` is a GPU for those who have none.
 """
 
+import importlib
+from typing import Any
+
 from minihyperflows import flows, functional, nn, related, testing
 from minihyperflows.engine import (
     DeviceError,
@@ -34,6 +37,21 @@ from minihyperflows.engine import (
 from minihyperflows.nn import models, optim
 
 __version__ = "0.1.0"
+
+# Rooms that take longer to import (matplotlib, tqdm) and are there when they are asked for.
+LATER = ("analysis", "bench", "data", "lab", "studies")
+
+
+def __getattr__(name: str) -> Any:
+    """``mh.lab`` after ``import minihyperflows as mh``."""
+    if name in LATER:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *LATER})
+
 
 __all__ = [
     "DeviceError",

@@ -193,6 +193,20 @@ HARMLESS = {
 }
 
 
+def test_the_upper_rooms_are_there_when_they_are_asked_for() -> None:
+    program = """
+import sys, minihyperflows as mh
+assert "lab" in dir(mh) and "minihyperflows.lab" not in sys.modules, "too early"
+assert mh.lab.load("digits").name == "digits"
+try:
+    mh.laboratory
+except AttributeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "module 'minihyperflows' has no attribute 'laboratory'\n", done.stderr
+
+
 def test_the_exceptions_read_no_environment_and_print_nothing() -> None:
     for name in HARMLESS:
         assert not re.search(r"environ|getenv|argv|stdout|stderr", ast.unparse(tree(name)))
