@@ -18,6 +18,7 @@ from support import python
 from support.tiny import NAME, RECIPE, results, rows, tiny_runs
 
 from minihyperflows import lab
+from minihyperflows.bench import gpu_runs
 from minihyperflows.cli import main
 from minihyperflows.lab import checkpoint, folders, locks, records, runs, sweep
 from minihyperflows.lab.records import write_records
@@ -91,6 +92,23 @@ def test_a_second_run_is_refused_before_it_reads_or_writes(
             line = refused(["prune", NAME, "--out", str(out), *more], capsys)
             assert f"{out} is in use by another thread of this process" in line
         assert contents(out) == before
+    assert not out.exists()
+
+
+def test_a_second_export_or_sweep_or_series_on_a_gpu_is_refused(
+    tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights, out = tmp_path / "w.safetensors", tmp_path / "many"
+    with locks.locked_file(weights):
+        line = refused(["export", str(finished), str(weights)], capsys)
+        assert f"{weights} is in use by another thread of this process" in line
+    assert not weights.exists()
+    with locks.locked(out):
+        sweep = ["sweep", NAME, "--gammas", "1", "--out", str(out)]
+        assert f"{out} is in use" in refused(sweep, capsys)
+        assert gpu_runs.main(["--out", str(out)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {out} is in use")
     assert not out.exists()
 
 
