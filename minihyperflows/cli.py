@@ -36,6 +36,7 @@ from minihyperflows.lab.recipes import RECIPES, Recipe, fields_with_ranges, find
 from minihyperflows.lab.records import collect, require_folder
 from minihyperflows.lab.runs import run, versions
 from minihyperflows.lab.sweep import SweepFolder, parse_gammas, run_sweep
+from minihyperflows.studies import frame
 
 DEFAULT_RECIPE = "lenet300-digits"
 NOTHING = "nothing was written"
@@ -62,6 +63,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_prune(commands)
     _add_sweep(commands)
+    _add_study(commands)
     _add_bench(commands)
     recipes = commands.add_parser("recipes", help="list the recipes")
     recipes.add_argument(
@@ -127,7 +129,9 @@ def _add_sweep(commands: Any) -> None:
         "--workers", type=_count, metavar="N", help="processes; default one a core, 1 on a GPU"
     )
     sweep.add_argument("--threads", type=_count, default=1, metavar="N", help="of a run; default 1")
-    sweep.add_argument("--scheduler", metavar="ADDRESS", help="of a Dask cluster to work instead")
+    sweep.add_argument(
+        *("--dask", "--scheduler"), metavar="ADDRESS", help="of a Dask cluster to work instead"
+    )
     sweep.add_argument(
         "--out", type=named_path, required=True, metavar="DIR", help="a folder for them"
     )
@@ -142,6 +146,15 @@ def _add_sweep(commands: Any) -> None:
         "--no-resume", action="store_true", help="start over, replacing the runs in the folder"
     )
     sweep.set_defaults(command=sweep_gammas, after_interrupt=RESUMES)
+
+
+def _add_study(commands: Any) -> None:
+    study = commands.add_parser("study", help="do one of the book's long experiments, or list them")
+    study.add_argument("name", nargs="?", metavar="NAME", help="without it: the list")
+    study.add_argument(
+        "words", nargs=argparse.REMAINDER, metavar="...", help="see `minihyperflows study NAME -h`"
+    )
+    study.set_defaults(command=do_study, after_interrupt=frame.CONTINUES)
 
 
 def _add_fields(command: Any) -> None:
@@ -295,8 +308,8 @@ def _aim(recipe: Recipe) -> str:
 def sweep_gammas(options: argparse.Namespace) -> None:
     """``sweep``: run a recipe under many pressures, with several seeds each."""
     recipe, gammas = _chosen_recipe(options), parse_gammas(options.gammas)
-    if options.scheduler and options.workers:
-        raise UserError("a cluster has workers of its own: leave out --workers or --scheduler")
+    if options.dask and options.workers:
+        raise UserError("a cluster has workers of its own: leave out --workers or --dask")
     print(
         f"{recipe.name}: {recipe.model} on {recipe.dataset}, {len(gammas)} pressures from "
         f"{gammas[0]:g} to {gammas[-1]:g}, seeds 0 to {options.seeds - 1}"
@@ -307,7 +320,7 @@ def sweep_gammas(options: argparse.Namespace) -> None:
         options.out,
         seeds=options.seeds,
         workers=_default_workers(options.device) if options.workers is None else options.workers,
-        scheduler=options.scheduler,
+        scheduler=options.dask,
         threads=options.threads,
         data_dir=options.data_dir,
         device=options.device,
@@ -315,6 +328,15 @@ def sweep_gammas(options: argparse.Namespace) -> None:
         record=options.record,
     )
     print(f"records: {options.record or SweepFolder(options.out).table}")
+
+
+def do_study(options: argparse.Namespace) -> None:
+    """``study``: do an experiment, or list them."""
+    if options.name:
+        frame.command(frame.find(options.name), options.words)
+        return
+    for name, study in frame.studies().items():
+        print(f"{name:<24}{frame.title(study)}")
 
 
 def _default_workers(device: str) -> int:

@@ -12,12 +12,13 @@ from typing import Any
 from minihyperflows.errors import UserError
 from minihyperflows.lab.workers import (
     SECONDS_TO_WAIT,
-    Attempt,
     Event,
     Kind,
+    Work,
     carry_out,
     describe,
     new_token,
+    news_of,
 )
 
 SECONDS_TO_CONNECT = 10
@@ -42,7 +43,7 @@ class Cluster:
             raise UserError(f"no Dask scheduler answers at {address}: {error}") from error
         self._topic = f"minihyperflows-{new_token()}"
         self._news: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._running: dict[str, tuple[Any, Attempt]] = {}
+        self._running: dict[str, tuple[Any, Work]] = {}
         self._client.subscribe_topic(self._topic, lambda event: self._news.put(event[1]))
 
     def __str__(self) -> str:
@@ -52,7 +53,7 @@ class Cluster:
     def has_room(self) -> bool:
         return True  # the scheduler keeps what has to wait
 
-    def start(self, attempt: Attempt) -> None:
+    def start(self, attempt: Work) -> None:
         arguments = (attempt, self._topic)
         future = self._client.submit(_carry_out_on_cluster, *arguments, key=attempt.token)
         self._running[attempt.token] = future, attempt
@@ -65,11 +66,11 @@ class Cluster:
             news = None
         if self._client.status not in ("running", "connecting"):
             raise self._gone()
-        token, epoch = (news, None) if isinstance(news, str) else news or (None, None)
+        token, report = (news, None) if isinstance(news, str) else news or (None, None)
         if token not in self._running:
             return []
-        if epoch is not None:
-            return [Event(self._running[token][1], Kind.EPOCH, epoch=epoch)]
+        if report is not None:
+            return [news_of(self._running[token][1], report)]
         future, attempt = self._running.pop(token)
         if future.status in ("cancelled", "lost"):
             raise self._gone()
@@ -93,14 +94,14 @@ def _distributed() -> Any:
         return importlib.import_module("distributed")
     except ImportError as error:
         raise UserError(
-            '--scheduler needs Dask: pip install "minihyperflows[sweep]", here and on the workers'
+            '--dask needs Dask: pip install "minihyperflows[sweep]", here and on the workers'
         ) from error
 
 
-def _carry_out_on_cluster(attempt: Attempt, topic: str) -> tuple[Kind, str]:
+def _carry_out_on_cluster(attempt: Work, topic: str) -> tuple[Kind, str]:
     """What a Dask worker does."""
     worker = _distributed().get_worker()
-    return carry_out(attempt, lambda epoch: worker.log_event(topic, (attempt.token, epoch)))
+    return carry_out(attempt, lambda report: worker.log_event(topic, (attempt.token, report)))
 
 
 def _result(future: Any) -> tuple[Kind, str]:

@@ -136,7 +136,7 @@ def read_records(path: Path | str, columns: Sequence[str] = ()) -> list[Row]:
     for name in columns:
         if name not in names:
             raise UserError(f"{path} is not a record of this study: it has no column {name!r}")
-    return [dict(zip(names, map(_number, line), strict=True)) for line in lines]
+    return [dict(zip(names, map(value_of, line), strict=True)) for line in lines]
 
 
 def _text(path: Path | str) -> str:
@@ -171,7 +171,8 @@ def _parsed(path: Path | str, text: str) -> tuple[list[str], list[list[str]]]:
     return names, lines
 
 
-def _number(text: str) -> Any:
+def value_of(text: str) -> Any:
+    """What a cell of a table holds: a number if it can be one."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -322,14 +323,15 @@ class Record:
                 write_records(file, table, self.digits)
         self.done |= set(map(self.identity, new[-1]))
 
-    def join(self, other: Path) -> None:
-        """Take over the runs of another record that are not here.
+    def join(self, *others: Path) -> None:
+        """Take over the runs of other records that are not here; nothing if one cannot be read.
 
         Raises:
             UserError: as :func:`read_records`.
         """
-        tables = self._complete(other, read_records(other, self.columns))
-        self.add(*([r for r in table if self.identity(r) not in self.done] for table in tables))
+        found = [self._complete(other, read_records(other, self.columns)) for other in others]
+        for tables in found:
+            self.add(*([r for r in table if self.identity(r) not in self.done] for table in tables))
 
     def _details(self, out: Path) -> list[Path]:
         return [out.with_name(f"{out.stem}-{part}.csv") for part in self.parts]

@@ -52,6 +52,53 @@ def new_token() -> str:
     return uuid.uuid4().hex
 
 
+class Kind(Enum):
+    """What can happen to a piece of work."""
+
+    EPOCH = "an epoch is over"
+    ROWS = "rows of a table are there"
+    FINISHED = "the run is finished"
+    DIED = "its worker died"
+    FAILED = "the run cannot be finished"
+    SUPERSEDED = "another command has taken the folder over"
+
+
+NEWS = Kind.EPOCH, Kind.ROWS  # from work that goes on
+
+
+class _SupersededError(Exception):
+    """The folder is another attempt's now."""
+
+
+class Work(Protocol):
+    """What a worker can be given: an attempt at a run, or some settings of a study.
+
+    Attributes:
+        token: a name that nothing else has.
+        threads: how many it uses.
+        deaths: how many workers have died of it.
+    """
+
+    @property
+    def token(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def deaths(self) -> int: ...
+
+    def next(self) -> Work:
+        """The same for another worker, after one has died of it."""
+
+    def withdraw(self) -> None:
+        """Let it stop when it can, wherever it runs."""
+
+    def carry_out(self, report: Callable[[Any], None]) -> tuple[Kind, str]:
+        """Do it in this process. Returns what came of it, and why or with which rows.
+
+        ``report`` is called with the number of every epoch that is over, or with rows in JSON.
+        """
+
+
 @dataclasses.dataclass(frozen=True)
 class Attempt:
     """One attempt at a run: what :func:`minihyperflows.lab.run` needs, and how often it was lost.
@@ -105,84 +152,81 @@ class Attempt:
             with suppress(OSError):  # the folder is gone, or read-only by now
                 self.mark.unlink(missing_ok=True)
 
+    def carry_out(self, report: Callable[[int], None]) -> tuple[Kind, str]:
+        """Do the run, in this process. Returns what came of it, and why.
 
-class Kind(Enum):
-    """What can happen to an attempt."""
+        ``report`` is called with the number of every epoch that is over.
+        """
+        if self.is_current():  # Dask has started it again by itself, since its worker died
+            return Kind.DIED, "the cluster lost it"
 
-    EPOCH = "an epoch is over"
-    FINISHED = "the run is finished"
-    DIED = "its worker died"
-    FAILED = "the run cannot be finished"
-    SUPERSEDED = "another command has taken the folder over"
+        def after_epoch(record: EpochRecord) -> None:
+            if not self.is_current():
+                raise _SupersededError
+            report(record.epoch)
+
+        def may_wait(holder: Holder) -> bool:
+            """For an attempt before this one, which stops at the end of its epoch."""
+            if not self.is_current():
+                raise _SupersededError
+            return holder.kind == WORKER
+
+        try:
+            self.take()
+            set_threads(self.threads)
+            with locked(RunFolder(self.folder), kind=WORKER, may_wait=may_wait) as lock:
+                run(
+                    self.recipe,
+                    self.folder,
+                    data_dir=self.data_dir,
+                    device=self.device,
+                    seed=self.seed,
+                    progress=False,
+                    dense_from=self._dense_network(),
+                    observe=after_epoch,
+                    lock=lock,
+                )
+        except _SupersededError:
+            return Kind.SUPERSEDED, str(self.folder)
+        except (UserError, DeviceError) as error:
+            return Kind.FAILED, str(error)
+        except MemoryError:
+            return Kind.DIED, "out of memory"
+        except Exception as error:  # one run must not end the others, whatever it is
+            return Kind.FAILED, describe(error)
+        finally:
+            self.withdraw()
+        return Kind.FINISHED, ""
+
+    def _dense_network(self) -> Path | None:
+        """The folder of a run that has trained the dense network that this one begins with."""
+        if not self.recipe.dense.epochs or RunFolder(self.folder).checkpoint.exists():
+            return None
+        folders = (folder for folder in self.siblings if RunFolder(folder).dense.exists())
+        return next(folders, None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """Something that happened to ``attempt``; ``epoch`` is the last one that is over."""
+    """Something that happened to ``attempt``; ``epoch`` is the last one that is over, ``reason``
+    says why, or holds the rows of a study."""
 
-    attempt: Attempt
+    attempt: Any  # a Work
     kind: Kind
     reason: str = ""
     epoch: int = 0
 
 
-class _SupersededError(Exception):
-    """The folder is another attempt's now."""
+def news_of(attempt: Work, report: int | str) -> Event:
+    """What work has reported: an epoch that is over, or rows in JSON."""
+    if isinstance(report, int):
+        return Event(attempt, Kind.EPOCH, epoch=report)
+    return Event(attempt, Kind.ROWS, report)
 
 
-def carry_out(attempt: Attempt, report: Callable[[int], None]) -> tuple[Kind, str]:
-    """Do the run, in the process that this is called in. Returns what came of it, and why.
-
-    ``report`` is called with the number of every epoch that is over.
-    """
-    if attempt.is_current():  # Dask has started it again by itself, since its worker died
-        return Kind.DIED, "the cluster lost it"
-
-    def after_epoch(record: EpochRecord) -> None:
-        if not attempt.is_current():
-            raise _SupersededError
-        report(record.epoch)
-
-    def may_wait(holder: Holder) -> bool:
-        """For an attempt before this one, which stops at the end of its epoch."""
-        if not attempt.is_current():
-            raise _SupersededError
-        return holder.kind == WORKER
-
-    try:
-        attempt.take()
-        set_threads(attempt.threads)
-        with locked(RunFolder(attempt.folder), kind=WORKER, may_wait=may_wait) as lock:
-            run(
-                attempt.recipe,
-                attempt.folder,
-                data_dir=attempt.data_dir,
-                device=attempt.device,
-                seed=attempt.seed,
-                progress=False,
-                dense_from=_dense_network(attempt),
-                observe=after_epoch,
-                lock=lock,
-            )
-    except _SupersededError:
-        return Kind.SUPERSEDED, str(attempt.folder)
-    except (UserError, DeviceError) as error:
-        return Kind.FAILED, str(error)
-    except MemoryError:
-        return Kind.DIED, "out of memory"
-    except Exception as error:  # one run must not end the others, whatever it is
-        return Kind.FAILED, describe(error)
-    finally:
-        attempt.withdraw()
-    return Kind.FINISHED, ""
-
-
-def _dense_network(attempt: Attempt) -> Path | None:
-    """The folder of another run that has trained the dense network that this one begins with."""
-    if not attempt.recipe.dense.epochs or RunFolder(attempt.folder).checkpoint.exists():
-        return None
-    folders = (folder for folder in attempt.siblings if RunFolder(folder).dense.exists())
-    return next(folders, None)
+def carry_out(work: Work, report: Callable[[Any], None]) -> tuple[Kind, str]:
+    """:meth:`Work.carry_out`, in the process that this is called in."""
+    return work.carry_out(report)
 
 
 def describe(error: BaseException) -> str:
@@ -197,7 +241,7 @@ class Pool(Protocol):
     def has_room(self) -> bool:
         """Whether another attempt can be started."""
 
-    def start(self, attempt: Attempt) -> None:
+    def start(self, attempt: Work) -> None:
         """Begin an attempt."""
 
     def wait(self) -> Sequence[Event]:
@@ -207,7 +251,7 @@ class Pool(Protocol):
         """Stop what still runs."""
 
 
-def supervise(pool: Pool, attempts: Sequence[Attempt]) -> Generator[Event]:
+def supervise(pool: Pool, attempts: Sequence[Work]) -> Generator[Event]:
     """Carry out ``attempts`` and tell what happens, starting again what died.
 
     An attempt ends with an event FINISHED or FAILED. (DIED is followed by another attempt.)
@@ -221,7 +265,7 @@ def supervise(pool: Pool, attempts: Sequence[Attempt]) -> Generator[Event]:
             pool.start(waiting.popleft())
             running += 1
         for event in pool.wait():
-            running -= event.kind is not Kind.EPOCH
+            running -= event.kind not in NEWS
             if event.kind is Kind.DIED:
                 again = event.attempt.next()
                 if again.deaths < ATTEMPTS:
@@ -247,7 +291,7 @@ class Processes:
     def __init__(self, workers: int) -> None:
         self.workers = workers
         self._context = multiprocessing.get_context("spawn")
-        self._running: dict[Any, tuple[Any, Attempt]] = {}  # by the end of the pipe from it
+        self._running: dict[Any, tuple[Any, Work]] = {}  # by the end of the pipe from it
 
     def __str__(self) -> str:
         return f"{self.workers} local worker{'s' * (self.workers > 1)}"
@@ -255,7 +299,7 @@ class Processes:
     def has_room(self) -> bool:
         return len(self._running) < self.workers
 
-    def start(self, attempt: Attempt) -> None:
+    def start(self, attempt: Work) -> None:
         ours, theirs = self._context.Pipe(duplex=False)
         process = self._context.Process(target=_work, args=(attempt, theirs), daemon=True)
         with _interrupts_held_back(), _environment(attempt.threads):
@@ -272,8 +316,8 @@ class Processes:
             message = connection.recv()
         except (EOFError, OSError):
             message = None
-        if isinstance(message, int):
-            return Event(attempt, Kind.EPOCH, epoch=message)
+        if isinstance(message, int | str):
+            return news_of(attempt, message)
         del self._running[connection]
         connection.close()
         process.join()
@@ -290,7 +334,7 @@ class Processes:
         self._running.clear()
 
 
-def _work(attempt: Attempt, connection: Any) -> None:
+def _work(attempt: Work, connection: Any) -> None:
     """What a worker process does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that supervises
     warnings.simplefilter("ignore", DoubtfulResultWarning)  # the summary has them

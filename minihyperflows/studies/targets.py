@@ -1,14 +1,13 @@
 """Does the pressure scheduler reach its target? Networks x targets x seeds, one row a run.
 
-    python -m minihyperflows.studies.targets --out FILE
+    minihyperflows study targets --out FILE
 
 Regrowth ends on the target by construction (:func:`minihyperflows.flows.land`), so the number that
 says something about the scheduler is the sparsity at the end of the pruning stage, against the one
 that the stage aims at. Both are in the table. Chapter 08 shows it. All networks read the digits,
 and each is steered in two ways: by the package's scheduler, and in proportion to the error.
 
-The file is the state: a run that has its row is not repeated, so an interrupted study goes on where
-it stopped. All runs with the same network and seed begin with the same dense network.
+All runs with the same network and seed begin with the same dense network.
 """
 
 from __future__ import annotations
@@ -16,29 +15,23 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from minihyperflows.analysis import perceptron, small_convnet
-from minihyperflows.data.datasets import Dataset, load
+from minihyperflows.data.datasets import Dataset
 from minihyperflows.flows.scheduler import PressureScheduler
 from minihyperflows.flows.stages import PRUNING, REGROWTH
-from minihyperflows.lab.console import Parser
 from minihyperflows.lab.recipes import Recipe, find
-from minihyperflows.lab.records import adds_to_table, records_so_far, write_records
-from minihyperflows.lab.runs import provenance
+from minihyperflows.lab.records import Row
 from minihyperflows.lab.training import EpochRecord, Trainer, build_network
 from minihyperflows.nn import Module
-from minihyperflows.studies.command import reporting
+from minihyperflows.studies.frame import Bench, Study, main
+from minihyperflows.studies.options import choice, parse_fraction, seeds, values
+from minihyperflows.studies.trainers import State, run_until, state_of
 
 TARGETS = (0.8, 0.9, 0.95, 0.98, 0.99)
-SEEDS = 4
-IDENTITY = ("setting", "target_sparsity", "seed")  # columns
-COMMAND = "python -m minihyperflows.studies.targets --settings {} --out FILE"
 
 # What a run of 30 epochs needs to settle: periods of 11 or 12 steps, a t that moves quickly, and a
 # trajectory that is nearly flat at its end.
@@ -100,8 +93,6 @@ SETTINGS = _settings()
 
 # -- runs ----------------------------------------------------------------------------------------
 
-State = tuple[dict[str, np.ndarray], dict[str, Any]]
-
 
 def new_trainer(setting: Setting, data: Dataset, target: float, seed: int) -> Trainer:
     """A run at its beginning."""
@@ -118,20 +109,15 @@ def new_trainer(setting: Setting, data: Dataset, target: float, seed: int) -> Tr
 def train_dense(setting: Setting, data: Dataset, seed: int) -> State:
     """The state of a run at the end of its dense stage, which does not depend on the target."""
     trainer = new_trainer(setting, data, TARGETS[0], seed)
-    while trainer.epoch < setting.recipe.dense.epochs:
-        trainer.run_epoch()
-    arrays, values = trainer.state_dict()
-    return {name: array.copy() for name, array in arrays.items()}, values
+    run_until(trainer, setting.recipe.dense.epochs)
+    return state_of(trainer)
 
 
 def prune(setting: Setting, data: Dataset, dense: State, target: float, seed: int) -> list[Any]:
     """The records of the pruning and regrowth stages of a run that begins with ``dense``."""
     trainer = new_trainer(setting, data, target, seed)
     trainer.load_state_dict(*dense)
-    records = []
-    while not trainer.finished:
-        records.append(trainer.run_epoch())
-    return records
+    return run_until(trainer)
 
 
 def results(recipe: Recipe, target: float, records: Sequence[EpochRecord]) -> dict[str, Any]:
@@ -157,62 +143,44 @@ def results(recipe: Recipe, target: float, records: Sequence[EpochRecord]) -> di
     }
 
 
-def row(
-    name: str, recipe: Recipe, target: float, seed: int, records: Sequence[EpochRecord]
-) -> dict[str, Any]:
-    """A row of the table: settings, results, and where they come from."""
-    head = {
-        "setting": name,
-        "dataset": recipe.dataset,
-        "target_sparsity": target,
-        "seed": seed,
-        "epochs": recipe.pruning.epochs,
-        "updates_per_epoch": recipe.pressure.updates_per_epoch,
-        "step": recipe.pressure.step,
-    }
-    source = provenance(recipe.dtype, COMMAND.format(name))
-    return head | results(recipe, target, records) | source
-
-
 # -- the study -----------------------------------------------------------------------------------
 
 
-@adds_to_table
-def run_study(
-    out: Path,
-    settings: Sequence[str] = tuple(SETTINGS),
-    targets: Sequence[float] = TARGETS,
-    seeds: int = SEEDS,
-    progress: bool = True,
-) -> list[dict[str, Any]]:
-    """Do the runs that have no row in ``out`` yet; returns all rows."""
-    rows = records_so_far(out, IDENTITY)
-    done = set(map(itemgetter(*IDENTITY), rows))
-    wanted = [(n, t, s) for s in range(seeds) for n in settings for t in targets]
-    missing = [run for run in dict.fromkeys(wanted) if run not in done]
-    data = load("digits")
-    dense: dict[tuple[str, int], State] = {}
-    for name, target, seed in tqdm(missing, disable=not progress, unit="run"):
-        setting = SETTINGS[name]
-        if (name, seed) not in dense:
-            dense = {(name, seed): train_dense(setting, data, seed)}
-        records = prune(setting, data, dense[name, seed], target, seed)
-        rows.append(row(name, setting.recipe, target, seed, records))
-        write_records(out, rows)
-    return rows
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What tells a run from all others."""
+
+    setting: str = choice(*SETTINGS, others=("--settings",))
+    target_sparsity: float = values(parse_fraction, *TARGETS, others=("--targets",))
+    seed: int = seeds(4)
 
 
-@reporting()
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = Parser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="the CSV file, continued if there")
-    parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=tuple(SETTINGS))
-    parser.add_argument("--targets", nargs="+", type=float, default=TARGETS)
-    parser.add_argument("--seeds", type=int, default=SEEDS)
-    options = parser.parse_args(arguments)
-    run_study(options.out, options.settings, options.targets, options.seeds)
+class Targets(Study[Run]):
+    """Does the pressure scheduler reach its target? Networks x targets x seeds, one row a run."""
 
+    name, Setting = "targets", Run
+    shown = ("error", "late_error", "accuracy_before_regrowth", "test_accuracy")
+
+    def shares(self, s: Run) -> tuple[str, int]:
+        return s.setting, s.seed
+
+    def run(self, s: Run, bench: Bench) -> Row:
+        setting, data = SETTINGS[s.setting], bench.data("digits")
+        dense = bench.shared(
+            ("dense", s.setting, s.seed), lambda: train_dense(setting, data, s.seed)
+        )
+        records = prune(setting, data, dense, s.target_sparsity, s.seed)
+        recipe = setting.recipe
+        head = {
+            "dataset": recipe.dataset,
+            "epochs": recipe.pruning.epochs,
+            "updates_per_epoch": recipe.pressure.updates_per_epoch,
+            "step": recipe.pressure.step,
+        }
+        return head | results(recipe, s.target_sparsity, records)
+
+
+STUDY = Targets()
 
 if __name__ == "__main__":
-    main()
+    main(STUDY)

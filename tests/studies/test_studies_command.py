@@ -17,7 +17,8 @@ from minihyperflows.studies.command import DIGITS, parse_fraction, parse_seed, r
 COMMANDS = [
     name
     for _, name, _ in pkgutil.iter_modules(studies.__path__)
-    if hasattr(importlib.import_module(f"{studies.__name__}.{name}"), "main")
+    if hasattr(importlib.import_module(f"{studies.__name__}.{name}"), "reporting")
+    and name != "command"
 ]
 DIGITS_ONLY = {  # the words with which a study needs no other data set
     "alternatives": ["--recipe", "lenet300-digits"],

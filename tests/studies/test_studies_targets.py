@@ -10,7 +10,7 @@ import pytest
 
 from minihyperflows import analysis, flows, lab, testing
 from minihyperflows.lab.records import read_records
-from minihyperflows.studies import targets
+from minihyperflows.studies import frame, targets
 
 SHORT = {"dense.epochs": 1, "pruning.epochs": 3, "regrowth.epochs": 1}
 SEED = ["--seeds", "1"]
@@ -27,23 +27,24 @@ def short_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_row_has_the_scheduler_s_error_and_the_landing(tmp_path: Path) -> None:
     out, twice = tmp_path / "targets.csv", ["perceptron", "perceptron"]
-    targets.main(["--out", str(out), "--settings", *twice, "--targets", "0.9", "0.9", *SEED])
+    words = ["--out", str(out), "--settings", *twice, "--targets", "0.9", "0.9", *SEED]
+    frame.command(targets.STUDY, words)
     (row,) = read_records(out)
     assert row["aim"] == pytest.approx(0.91)
     assert row["error"] == pytest.approx(row["sparsity_before_regrowth"] - 0.91)
     assert row["late_error"] >= 0
     assert abs(row["sparsity"] - 0.9) < 1 / 4_440
     assert 0.5 < row["test_accuracy"] <= 1
-    assert row["command"].endswith("--settings perceptron --out FILE")
+    assert "--setting perceptron --target-sparsity 0.9 --seed 0 --out FILE" in row["command"]
     assert {"commit", "date", "device", "dtype", "numpy"} <= row.keys()
 
 
 @pytest.mark.slow
 def test_finished_runs_are_not_repeated(tmp_path: Path) -> None:
     out = tmp_path / "targets.csv"
-    name = ("perceptron",)
-    first = targets.run_study(out, name, (0.9,), seeds=1, progress=False)
-    both = targets.run_study(out, name, (0.9, 0.95), seeds=1, progress=False)
+    words = ["--out", str(out), "--setting", "perceptron", *SEED, "--target-sparsity", "0.9"]
+    first = frame.carry_out(targets.STUDY, *frame.parse(targets.STUDY, words))
+    both = frame.carry_out(targets.STUDY, *frame.parse(targets.STUDY, [*words, "0.95"]))
     assert len(both) == 2
     assert both[0]["date"] == first[0]["date"]
     assert both[0]["seconds"] == pytest.approx(first[0]["seconds"])
