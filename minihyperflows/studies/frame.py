@@ -282,12 +282,12 @@ def parse(study: Study[Any], words: Sequence[str]) -> tuple[argparse.Namespace, 
         UserError: something is wrong with them, or they ask for none.
     """
     options = parser_of(study).parse_args(words)
-    chosen = {}
+    chosen: dict[str, Any] = {}
     for name, option in options_of(study.Setting).items():
         given = getattr(options, name)
-        chosen[name] = option.defaults if given is None else given
-        if given is not None and not option.several:
-            chosen[name] = (given,)
+        chosen[name] = option.defaults if given is None else (given,)
+        if given is not None and option.several:  # a word may be a range of values
+            chosen[name] = [v for w in given for v in (w if isinstance(w, tuple) else (w,))]
     if getattr(options, "seeds", None):
         if options.seed is not None:
             raise UserError("--seeds K are seeds 0 to K - 1, --seed N are certain ones: give one")
