@@ -149,7 +149,7 @@ class Study(Generic[S]):
         raise NotImplementedError
 
     def order(self, row: Row) -> Any:
-        """By what the tables are sorted; the same for all rows: they stay as they come."""
+        """By what joined tables are sorted; the same for all rows: they stay as they come."""
         return 0
 
     def report(self, rows: Sequence[Row]) -> str:
@@ -331,9 +331,8 @@ def carry_out(study: Study[S], options: argparse.Namespace, settings: Sequence[S
     Returns all rows of the main table.
     """
     with writing(options.out):
-        record = Record(
-            options.out, study.parts, study.key_of, study.columns, study.digits, study.order
-        )
+        order = study.order if options.join else None
+        record = Record(options.out, study.parts, study.key_of, study.columns, study.digits, order)
         if options.join:
             record.join(*options.join)
             return record.tables[-1]
