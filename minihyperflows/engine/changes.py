@@ -10,7 +10,7 @@ the look is a sample of about a hundred numbers: two microseconds, which no trai
 and enough for what rewrites an array. What changes a few numbers of a large array, as a step does
 where most gradients are zero, can miss the sample. Therefore the optimisers of this package count
 their changes too (``Tensor.version``). Left over is only who writes a few numbers of a large array
-by hand. Nothing is noticed on a GPU, which one would have to wait for.
+by hand. Nothing is noticed on another device, which one would have to wait for.
 """
 
 from __future__ import annotations

@@ -13,9 +13,6 @@ import numpy as np
 
 from minihyperflows.engine.backend import Array
 from minihyperflows.engine.errors import ShapeError
-from minihyperflows.engine.gpu import bias as gpu_bias
-from minihyperflows.engine.gpu import convolution as gpu_convolution
-from minihyperflows.engine.gpu import linear as gpu_linear
 from minihyperflows.engine.graph import Function
 from minihyperflows.engine.im2col import Im2col
 from minihyperflows.engine.norm import channel_sum
@@ -124,9 +121,6 @@ class Conv2d(Function):
     Convolution is linear in x and in W. Its gradients are the transposed maps, which the chosen
     algorithm has beside its forward pass; dL/db = sum of c over images and pixels.
 
-    On a GPU, with one group and float32 or float16, kernels and cuBLAS compute it, whose functions
-    are in :mod:`minihyperflows.engine.gpu.convolution`.
-
     Args:
         stride, padding: one number or (rows, columns).
         groups: the channels fall into this many groups, each with its own filters.
@@ -148,46 +142,18 @@ class Conv2d(Function):
 
     def forward(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
         self.check(x.shape, weight.shape, None if bias is None else bias.shape)
-        self.on_gpu = self.way is None and self.groups == 1 and gpu_linear.fits(x, weight, bias)
-        if self.on_gpu:
-            self.weight = weight
-            return self.forward_on_gpu(x, weight, bias)
-        # The algorithms compute in one dtype. (A GPU gets its arrays as they are.)
+        # The algorithms compute in one dtype. (Other devices get their arrays as they are.)
         self.x, self.weight = converted((x, weight), float_dtype(x, weight))
         y = self.algorithm().forward(self.x, self.weight)
         return y if bias is None else add_to(y, bias)
 
     def backward(self, c: Array) -> tuple[Array | None, ...]:
-        if self.on_gpu:
-            return self.backward_on_gpu(gpu_linear.cotangent_like(c, self.weight.dtype))
         algorithm = self.algorithm()
         return (
             algorithm.input_gradient(c, self.weight) if self.needs[0] else None,
             algorithm.weight_gradient(c, self.x) if self.needs[1] else None,
             *(channel_sum(c.reshape(-1, c.shape[3])) if n else None for n in self.needs[2:]),
         )
-
-    def forward_on_gpu(self, x: Array, weight: Array, bias: Array | None) -> Array:
-        """Keeps x, or the matrix of its windows, only if dL/dW will be asked for."""
-        y, columns = gpu_convolution.forward(x, weight, bias, self.stride, self.padding)
-        needed = any(self.needs[1:2])
-        self.x_shape, self.columns = x.shape, columns if needed else None
-        self.x = x if needed and columns is None else None
-        return y
-
-    def backward_on_gpu(self, c: Array) -> tuple[Array | None, ...]:
-        where = self.stride, self.padding
-        dx = dw = db = None
-        if self.needs[0]:
-            dx = gpu_convolution.input_gradient(c, self.weight, self.x_shape, *where)
-        if self.needs[1]:
-            out = gpu_linear.float32_buffer(self.buffer_for(1))
-            dw = gpu_convolution.weight_gradient(
-                c, self.x, self.columns, self.weight.shape, *where, out=out
-            )
-        if any(self.needs[2:]):
-            db = gpu_bias.bias_gradient(c, gpu_linear.float32_buffer(self.buffer_for(2)))
-        return (dx, dw, db)[: len(self.needs)]
 
     def algorithm(self) -> Algorithm:
         """The chosen way, made for the shapes at hand."""

@@ -19,9 +19,7 @@ from minihyperflows.engine.backend import Array, xp_of
 from minihyperflows.engine.blas import one_blas_thread
 from minihyperflows.engine.changes import Kept, Version, require_unchanged
 from minihyperflows.engine.errors import GraphError, ShapeError
-from minihyperflows.engine.gpu import elementwise as gpu_elementwise
-from minihyperflows.engine.gpu.launch import takes
-from minihyperflows.engine.threads import add
+from minihyperflows.engine.threads import add, copy
 
 _recording: ContextVar[bool] = ContextVar("recording", default=True)
 
@@ -264,11 +262,8 @@ def add_to_leaf(leaf: Leaf, gradient: list[Array]) -> None:
 def _add_to_buffer(leaf: Leaf, buffer: Array, gradient: Array) -> None:
     if leaf.grad is not None:
         add(buffer, gradient, out=buffer)
-    elif takes(buffer, gradient):
-        if gradient is not buffer:
-            gpu_elementwise.convert(gradient, buffer)
     elif gradient is not buffer:
-        buffer[...] = gradient
+        copy(gradient, out=buffer)
     leaf.grad = buffer
 
 

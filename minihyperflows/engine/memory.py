@@ -90,7 +90,7 @@ _ONE_VIEW = references(_trial.buffer(1).view(np.int8), _trial)
 def empty(xp: ModuleType, shape: tuple[int, ...], dtype: Any) -> Array:
     """``xp.empty(shape, dtype)``; a large array of NumPy in memory that was used before.
 
-    CuPy has a pool of its own.
+    Other array modules have pools of their own.
     """
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
@@ -112,7 +112,7 @@ def held_once(box: list[Array]) -> bool:
 
 
 def _writeable(array: Array) -> bool:
-    flags = getattr(array, "flags", None)  # of CuPy's arrays, all of which are
+    flags = getattr(array, "flags", None)  # only NumPy's say; all others are
     return getattr(flags, "writeable", True)
 
 

@@ -8,12 +8,10 @@ from typing import Any
 
 from minihyperflows.engine.backend import Array, device_of, xp_of
 from minihyperflows.engine.errors import DeviceError, ShapeError
-from minihyperflows.engine.gpu import norm as gpu_norm
-from minihyperflows.engine.gpu.scratch import as_kernels_take, is_float32
-from minihyperflows.engine.graph import Function, is_recording
+from minihyperflows.engine.graph import Function
 from minihyperflows.engine.memory import empty
 from minihyperflows.engine.numbers import Arithmetic, computing_dtype, converted, float_dtype
-from minihyperflows.engine.ops import ReLU, rectify, unbroadcast
+from minihyperflows.engine.ops import rectified, rectify, unbroadcast, where_positive
 from minihyperflows.engine.tensor import Tensor, apply
 from minihyperflows.engine.threads import add, for_blocks, rows_per_block
 
@@ -72,15 +70,10 @@ def batch_norm(
     scale_or_1: Any = 1.0 if scale is None else scale  # constants, so they get no gradient
     shift_or_0: Any = 0.0 if shift is None else shift
     if not training:
-        if running_mean is not None and running_var is not None and not is_recording():
-            inputs = (x, scale_or_1, shift_or_0, residual, running_mean, running_var)
-            arrays = [_data(a) for a in inputs]
-            if gpu_norm.can_normalise(*arrays):
-                return Tensor(gpu_norm.evaluate(*[*arrays, eps, relu]))
         if running_mean is None or running_var is None:
             raise ValueError("batch_norm: outside training it needs running_mean and running_var")
-        y = apply(Normalise(running_mean, running_var, eps), x, scale_or_1, shift_or_0, *merged)
-        return apply(ReLU(), y) if relu else y
+        given_statistics = Normalise(running_mean, running_var, eps, relu)
+        return apply(given_statistics, x, scale_or_1, shift_or_0, *merged)
     running = RunningStatistics(running_mean, running_var, num_batches_tracked, momentum)
     return apply(BatchNorm(eps, relu, running), x, scale_or_1, shift_or_0, *merged)
 
@@ -144,22 +137,10 @@ class BatchNorm(Function):
     ) -> None:
         self.eps, self.relu = eps, relu
         self.running = RunningStatistics() if running is None else running
-        self.statistics: Array | None = None  # there if the kernels compute
 
     def forward(self, x: Array, scale: Array, shift: Array, residual: Array | None = None) -> Array:
-        xp = xp_of(x)
-        rows = x.reshape(-1, x.shape[-1])  # (M, C)
+        xp, rows = xp_of(x), self.rows_of(x)
         self.rows, self.scale, self.count = rows, scale, len(rows)
-        if self.count < 2:
-            raise ValueError(
-                f"BatchNorm: an input of shape {x.shape} has {self.count} value(s) per channel, "
-                "and training needs at least 2 to have a variance"
-            )
-        running = self.running
-        if gpu_norm.can_normalise(
-            x, scale, shift, residual, running.mean, running.var, running.batches
-        ):
-            return self.forward_on_gpu(x, scale, shift, residual)
         self.mean, var = channel_statistics(rows)
         self.running.update(self.mean, var, self.count)
         self.inverse_std = 1 / xp.sqrt(var + self.eps)
@@ -181,18 +162,7 @@ class BatchNorm(Function):
         self.y = y if self.relu else None
         return y.reshape(x.shape)
 
-    def forward_on_gpu(self, x: Array, scale: Array, shift: Array, residual: Array | None) -> Array:
-        """Two passes over memory; see ``batch_norm.cu``."""
-        running = self.running
-        update = (running.mean, running.var, running.batches, running.momentum)
-        self.statistics = gpu_norm.channel_statistics(x, scale, shift, self.eps, *update)
-        y = gpu_norm.normalise(x, residual, self.statistics, self.relu)
-        self.y = y if self.relu and residual is not None else None
-        return y
-
     def backward(self, c: Array) -> tuple[Array | None, ...]:
-        if self.statistics is not None:
-            return self.backward_on_gpu(c, self.statistics)
         rows, shift_gradient, along_x = self.cotangent_sums(c.reshape(self.rows.shape))
         scale_gradient = along_x * self.inverse_std
         dx = None
@@ -201,30 +171,15 @@ class BatchNorm(Function):
         gradients = (dx, scale_gradient, shift_gradient, rows.reshape(c.shape))[: len(self.needs)]
         return tuple(g if n else None for g, n in zip(gradients, self.needs, strict=True))
 
-    def backward_on_gpu(self, c: Array, statistics: Array) -> tuple[Array | None, ...]:
-        """Two passes over memory; see ``batch_norm.cu``."""
-        c = as_kernels_take(c, self.rows.dtype)
-        x = self.rows.reshape(c.shape)
-        scale_gradient, shift_gradient = (self.vector_for(i) for i in (1, 2))
-        gradients = (scale_gradient, shift_gradient)
-        slopes = gpu_norm.cotangent_sums(c, x, self.y, statistics, self.relu, *gradients)
-        needs_residual = len(self.needs) == 4 and self.needs[3]
-        dx, masked = gpu_norm.input_gradient(
-            *(c, x, self.y, statistics, slopes, self.relu),
-            needs_x=self.needs[0],
-            needs_residual=needs_residual and self.relu,
-        )
-        residual = masked if self.relu else c
-        return (dx, *gradients, residual if needs_residual else None)[: len(self.needs)]
-
-    def vector_for(self, i: int) -> Array | None:
-        """Where the kernels write the gradient of input ``i``, of one float32 a channel."""
-        if not self.needs[i]:
-            return None
-        buffer = self.buffer_for(i)
-        if buffer is not None and is_float32(buffer):
-            return buffer
-        return xp_of(self.rows).empty(self.rows.shape[1:], "float32")
+    def rows_of(self, x: Array) -> Array:
+        """x as (M, C); ValueError if there are too few rows for a variance."""
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) < 2:
+            raise ValueError(
+                f"BatchNorm: an input of shape {x.shape} has {len(rows)} value(s) per channel, "
+                "and training needs at least 2 to have a variance"
+            )
+        return rows
 
     def input_gradient(self, c: Array, scale_gradient: Array, shift_gradient: Array) -> Array:
         """dL/dx as rows (M, C)."""
@@ -316,13 +271,14 @@ class Normalise(Function):
 
         dL/dx = scale / sqrt(var + eps) c,   dL/dscale = sum of c z,   dL/dshift = sum of c,
 
-    and dL/dr = c. The statistics do not choose the dtype of y, as they do not in training.
+    and dL/dr = c. With ``relu`` y is cut off at 0 at the end, so that c counts only where y > 0.
+    The statistics do not choose the dtype of y, as they do not in training.
     """
 
     arithmetic = Arithmetic.FLOAT
 
-    def __init__(self, mean: Array, var: Array, eps: float = 1e-5) -> None:
-        self.mean, self.var, self.eps = mean, var, eps
+    def __init__(self, mean: Array, var: Array, eps: float = 1e-5, relu: bool = False) -> None:
+        self.mean, self.var, self.eps, self.relu = mean, var, eps, relu
 
     def forward(self, x: Array, scale: Array, shift: Array, residual: Array | None = None) -> Array:
         dtype = computing_dtype(float_dtype(x, scale, shift))
@@ -330,10 +286,14 @@ class Normalise(Function):
         self.x, self.inverse_std = x, (var + self.eps) ** -0.5
         self.factor = scale * self.inverse_std
         y = x * self.factor + (shift - self.mean * self.factor)
-        return y if residual is None else add(y, residual)
+        y = y if residual is None else add(y, residual)
+        if self.relu:
+            self.y = y = rectified(y)
+        return y
 
     def backward(self, c: Array) -> tuple[Array | None, ...]:
         channels = c.shape[-1:]
+        c = where_positive(self.y, c) if self.relu else c
         dx = dscale = dshift = None
         if self.needs[0]:
             dx = c * self.factor
@@ -350,10 +310,6 @@ def update_running(running: Array | None, batch: Array, momentum: float) -> None
     if running is not None:
         running *= 1 - momentum
         running += momentum * batch.real
-
-
-def _data(x: Any) -> Any:
-    return x.data if isinstance(x, Tensor) else x
 
 
 def check_shapes(x: Tensor, **given: Any) -> None:

@@ -10,16 +10,16 @@
    shape (). Only its kind counts: a float makes whole numbers floats, a complex number makes floats
    complex. So ``np.sqrt(2) * x`` is ``2**0.5 * x``. NumPy would give float64 for a float32 x, and a
    network would change its dtype because a factor came from one of NumPy's functions. A Tensor has
-   a dtype, of whatever shape it is. (So has an array of shape () on a GPU: asking for its value
-   would mean to wait.)
+   a dtype, of whatever shape it is. (So has an array of shape () on another device: asking for its
+   value would mean to wait.)
 3. **Whole numbers alone** stay whole where the result is whole, with NumPy's arithmetic, which
    wraps around: in sums, differences, products, powers by 0, 1, 2, ..., and wherever numbers are
    only picked or moved (``Arithmetic.WHOLE`` and ``NONE``). All other operations need floats
    (``Arithmetic.FLOAT``) and turn them into float64, NumPy's dtype of a Python float: so
    ``Tensor([1, 2]).exp()`` is ``Tensor([1.0, 2.0]).exp()``.
 4. **Half precision is for storing.** An operation computes in float32, sums above all, and rounds
-   the result, and each gradient, once. On a GPU the kernels and CuPy do that themselves, so they
-   get float16 as it is, also beside float32 (a bias, say).
+   the result, and each gradient, once. Other devices do that themselves, so they get float16 as it
+   is, also beside float32 (a bias, say).
 5. **A gradient has the dtype of its input**, and the cotangent that of the output. A complex one
    stays complex, which is what derivatives by a complex step need.
 
@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minihyperflows.engine.backend import Array, device_of, xp_of
+from minihyperflows.engine.backend import Array, xp_of
 from minihyperflows.engine.blas import one_blas_thread
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def as_floats(*inputs: Any) -> list[Any]:
 
 @one_blas_thread
 def forward(function: Function, inputs: list[Any]) -> Array:
-    """``function.forward`` of arrays and Python numbers, by the rule."""
+    """``function.forward`` of NumPy arrays and Python numbers, by the rule."""
     dtypes = {a.dtype for a in inputs if hasattr(a, "dtype")}
     if not dtypes:  # numbers alone
         inputs = [np.asarray(a) for a in inputs]
@@ -117,10 +117,7 @@ def forward(function: Function, inputs: list[Any]) -> Array:
     plain = len(dtypes) <= 1 and dtypes <= COMPUTED_AS_THEY_ARE
     if plain or function.arithmetic is None:
         return function.forward(*inputs)
-    if any(device_of(a) == "cuda" for a in inputs):
-        return function.forward(*_floats_on_a_gpu(function, inputs))
-    needs_floats = function.arithmetic is Arithmetic.FLOAT
-    dtype = float_dtype(*inputs) if needs_floats else common_dtype(*inputs)
+    dtype = _meeting_dtype(function, inputs)
     function.rounds_to_half = dtype == HALF
     if is_whole(dtype):
         return function.forward(*inputs)
@@ -129,14 +126,23 @@ def forward(function: Function, inputs: list[Any]) -> Array:
     return rounded(function.forward(*converted(inputs, SINGLE)), HALF)
 
 
-def _floats_on_a_gpu(function: Function, inputs: list[Any]) -> list[Any]:
-    """Whole numbers converted; the kernels and CuPy do the rest."""
-    needs_floats = function.arithmetic is Arithmetic.FLOAT
-    dtype = float_dtype(*inputs) if needs_floats else common_dtype(*inputs)
+def whole_as_floats(function: Function, inputs: list[Any]) -> list[Any]:
+    """``inputs`` with whole numbers converted where ``function`` needs floats, or meets some.
+
+    All that is left of the rule on another device: point 4.
+    """
+    whole = [hasattr(a, "dtype") and is_whole(a.dtype) for a in inputs]
+    if function.arithmetic is None or not any(whole):
+        return inputs
+    dtype = _meeting_dtype(function, inputs)
     if is_whole(dtype):
         return inputs
-    whole = [hasattr(a, "dtype") and is_whole(a.dtype) for a in inputs]
     return [a.astype(dtype) if w else a for a, w in zip(inputs, whole, strict=True)]
+
+
+def _meeting_dtype(function: Function, inputs: list[Any]) -> np.dtype:
+    needs_floats = function.arithmetic is Arithmetic.FLOAT
+    return float_dtype(*inputs) if needs_floats else common_dtype(*inputs)
 
 
 def backward(function: Function, cotangent: Array) -> Any:

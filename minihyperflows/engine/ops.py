@@ -15,11 +15,6 @@ import numpy as np
 
 from minihyperflows.engine.backend import Array, contiguous, device_of, xp_of
 from minihyperflows.engine.errors import DeviceError, ShapeError
-from minihyperflows.engine.gpu import bias as gpu_bias
-from minihyperflows.engine.gpu import elementwise as gpu_elementwise
-from minihyperflows.engine.gpu import linear as gpu_linear
-from minihyperflows.engine.gpu import loss as gpu_loss
-from minihyperflows.engine.gpu.launch import takes
 from minihyperflows.engine.graph import Function
 from minihyperflows.engine.memory import empty
 from minihyperflows.engine.numbers import Arithmetic, computing_dtype, number, rounded
@@ -263,6 +258,22 @@ def rectify(x: Array, out: Array) -> None:
         xp.maximum(x, xp.zeros(x.shape, x.dtype), out=out)
 
 
+def rectified(x: Array) -> Array:
+    """max(x, 0), in C order."""
+    x = contiguous(x)
+    y = empty(xp_of(x), x.shape, x.dtype)
+    elementwise(rectify, x, y)
+    return y
+
+
+def where_positive(y: Array, c: Array) -> Array:
+    """c where the real part of y is positive, else 0. y is in C order, and so is the result."""
+    xp, c = xp_of(c), contiguous(c)
+    chosen = empty(xp, c.shape, c.dtype)
+    elementwise(lambda y, c, chosen: xp.multiply(c, y.real > 0, out=chosen), y, c, chosen)
+    return chosen
+
+
 class ReLU(Function):
     """y = max(x, 0);  dL/dx = c where x > 0, else 0 (at the kink x = 0 too, as in PyTorch).
 
@@ -272,24 +283,11 @@ class ReLU(Function):
     arithmetic = Arithmetic.NONE
 
     def forward(self, x: Array) -> Array:
-        if takes(x):
-            self.y = gpu_elementwise.relu(x)
-            return self.y
-        xp = xp_of(x)
-        x = contiguous(x)
-        self.y = empty(xp, x.shape, x.dtype)
-
-        elementwise(rectify, x, self.y)
+        self.y = rectified(x)
         return self.y
 
     def backward(self, c: Array) -> Array:
-        if takes(c, self.y) and c.dtype == self.y.dtype:
-            return gpu_elementwise.relu_backward(c, self.y)
-        xp = xp_of(c)
-        c = contiguous(c)
-        dx = empty(xp, c.shape, c.dtype)
-        elementwise(lambda y, c, dx: xp.multiply(c, y.real > 0, out=dx), self.y, c, dx)
-        return dx
+        return where_positive(self.y, c)
 
 
 # -- reductions ----------------------------------------------------------------------------------
@@ -491,25 +489,12 @@ class Linear(Function):
     arithmetic = Arithmetic.FLOAT
 
     def forward(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
-        if len(_shape(weight)) != 2 or _shape(x)[-1:] != weight.shape[1:]:
-            raise ShapeError(
-                f"Linear: input of shape {_shape(x)} does not fit a weight of shape "
-                f"{_shape(weight)}, which must be (out, in)"
-            )
-        if bias is not None and bias.shape != weight.shape[:1]:
-            raise ShapeError(
-                f"Linear: bias of shape {bias.shape} does not fit a weight of shape {weight.shape}"
-            )
+        self.check(x, weight, bias)
         self.x, self.weight = x, weight
-        self.on_gpu = gpu_linear.fits(x, weight, bias)
-        if self.on_gpu:
-            return gpu_linear.forward(x, weight, bias)
         y = matmul(x, weight.T)
         return y if bias is None else add_to(y, bias)
 
     def backward(self, c: Array) -> tuple[Array | None, ...]:
-        if self.on_gpu:
-            return self.backward_on_gpu(gpu_linear.cotangent_like(c, self.weight.dtype))
         rows = math.prod(c.shape[:-1])
         flat_c = c.reshape(rows, c.shape[-1])  # (N, out)
         flat_x = self.x.reshape(rows, self.x.shape[-1])  # (N, in)
@@ -521,15 +506,17 @@ class Linear(Function):
             return gradients
         return *gradients, flat_c.sum(axis=0) if self.needs[2] else None
 
-    def backward_on_gpu(self, c: Array) -> tuple[Array | None, ...]:
-        dx = gpu_linear.input_gradient(c, self.weight) if self.needs[0] else None
-        dw = db = None
-        if self.needs[1]:
-            out = gpu_linear.float32_buffer(self.buffer_for(1))
-            dw = gpu_linear.weight_gradient(c, self.x, out)
-        if any(self.needs[2:]):
-            db = gpu_bias.bias_gradient(c, gpu_linear.float32_buffer(self.buffer_for(2)))
-        return (dx, dw, db)[: len(self.needs)]
+    def check(self, x: Array, weight: Array, bias: Array | None) -> None:
+        """Raise ShapeError unless these fit together."""
+        if len(_shape(weight)) != 2 or _shape(x)[-1:] != weight.shape[1:]:
+            raise ShapeError(
+                f"Linear: input of shape {_shape(x)} does not fit a weight of shape "
+                f"{_shape(weight)}, which must be (out, in)"
+            )
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ShapeError(
+                f"Linear: bias of shape {bias.shape} does not fit a weight of shape {weight.shape}"
+            )
 
 
 # -- probabilities -------------------------------------------------------------------------------
@@ -579,12 +566,9 @@ class CrossEntropy(Function):
 
     q_nk = (1 - s) [k = label_n] + s / K for N samples, K classes and the label smoothing s.
     dL/dlogits = (p - q) / N.
-
-    The kernels of a GPU do not tell whether all labels lie in [0, K): the loss is NaN if not.
     """
 
     arithmetic = Arithmetic.FLOAT
-    normalisers: Array | None = None  # there if the kernels compute
 
     def __init__(self, labels: Array, label_smoothing: float = 0.0) -> None:
         if not 0 <= label_smoothing <= 1:
@@ -595,8 +579,6 @@ class CrossEntropy(Function):
         if device_of(self.labels) != device_of(logits):
             raise DeviceError("CrossEntropy: labels and logits lie on different devices")
         check_labels_fit(self.labels, logits.shape)
-        if gpu_loss.can_compute(logits, self.labels):
-            return self.forward_on_gpu(logits)
         check_labels_exist(self.labels, logits.shape[1])
         self.log_p = log_softmax(logits)
         s, rows = self.label_smoothing, xp_of(logits).arange(len(logits))
@@ -604,20 +586,12 @@ class CrossEntropy(Function):
         return -((1 - s) * at_label + s * self.log_p.mean()) if s else -at_label
 
     def backward(self, c: Array) -> Array:
-        if self.normalisers is not None:
-            saved = (self.logits, self.labels, self.normalisers, self.label_smoothing)
-            return gpu_loss.cross_entropy_gradient(c, *saved)
         xp = xp_of(self.log_p)
         n, k = self.log_p.shape
         difference = xp.exp(self.log_p)  # p - q, built in place
         difference -= self.label_smoothing / k
         difference[xp.arange(n), self.labels] -= 1 - self.label_smoothing
         return difference * (c / n)
-
-    def forward_on_gpu(self, logits: Array) -> Array:
-        self.logits = logits
-        loss, self.normalisers = gpu_loss.cross_entropy(logits, self.labels, self.label_smoothing)
-        return loss
 
 
 def check_labels_fit(labels: Array, logits_shape: tuple[int, ...]) -> None:

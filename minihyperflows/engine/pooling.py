@@ -9,8 +9,6 @@ import numpy as np
 
 from minihyperflows.engine.backend import Array, xp_of
 from minihyperflows.engine.errors import ShapeError
-from minihyperflows.engine.gpu import pooling as gpu_pooling
-from minihyperflows.engine.gpu.scratch import as_kernels_take
 from minihyperflows.engine.graph import Function
 from minihyperflows.engine.memory import empty
 from minihyperflows.engine.numbers import Arithmetic
@@ -20,8 +18,6 @@ from minihyperflows.engine.windows import Pair, pair, shifted, window_positions
 
 class Pool2d(Function):
     """Reduces each window of x (N, H, W, C) to one number per channel: -> (N, H', W', C)."""
-
-    on_gpu = False  # computed by the kernels
 
     def __init__(self, size: Pair, stride: Pair | None = None) -> None:
         self.size = pair(size, f"{self.name}: size", 1)
@@ -56,11 +52,7 @@ class MaxPool2d(Pool2d):
 
     def forward(self, x: Array) -> Array:
         self.check(x.shape)
-        self.shape, self.dtype, xp = x.shape, x.dtype, xp_of(x)
-        self.on_gpu = gpu_pooling.can_max_pool(x, self.size)
-        if self.on_gpu:
-            y, self.place = gpu_pooling.max_pool(x, self.size, self.stride)
-            return y
+        self.shape, xp = x.shape, xp_of(x)
         y_shape = (len(x), *window_positions(x.shape, self.size, self.stride), x.shape[3])
         y = empty(xp, y_shape, x.dtype)
         self.place = xp.zeros(y_shape, np.min_scalar_type(math.prod(self.size)))  # of the largest
@@ -79,10 +71,6 @@ class MaxPool2d(Pool2d):
         return y
 
     def backward(self, c: Array) -> Array:
-        if self.on_gpu:
-            c = as_kernels_take(c, self.dtype)
-            windows = (self.shape, self.size, self.stride)
-            return gpu_pooling.max_pool_gradient(c, self.place, *windows)
         dx = xp_of(c).zeros(self.shape, dtype=c.dtype)
 
         def work(images: slice) -> None:
@@ -100,17 +88,11 @@ class AvgPool2d(Pool2d):
 
     def forward(self, x: Array) -> Array:
         self.check(x.shape)
-        self.shape, self.dtype = x.shape, x.dtype
-        self.on_gpu = gpu_pooling.can_avg_pool(x)
-        if self.on_gpu:
-            return gpu_pooling.avg_pool(x, self.size, self.stride)
+        self.shape = x.shape
         first, *others = self.shifted(x)
         return sum(others, start=first) / (self.size[0] * self.size[1])
 
     def backward(self, c: Array) -> Array:
-        if self.on_gpu:
-            c = as_kernels_take(c, self.dtype)
-            return gpu_pooling.avg_pool_gradient(c, self.shape, self.size, self.stride)
         share = c / (self.size[0] * self.size[1])
         dx = xp_of(c).zeros(self.shape, dtype=share.dtype)
         for pixels in self.shifted(dx):

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from minihyperflows.engine import numbers, ops
+from minihyperflows.engine import numbers, ops, twins
 from minihyperflows.engine.backend import Array, device_of, to_device, to_numpy, xp_of
 from minihyperflows.engine.changes import kept_by
 from minihyperflows.engine.errors import DeviceError, GraphError, NonFiniteLossError, ShapeError
@@ -252,12 +252,16 @@ def apply(function: Function, *inputs: Any) -> Tensor:
     if function.inputs or function.freed:
         raise GraphError(f"this {function.name} was applied already: make a new one for each use")
     arrays = [x.data if isinstance(x, Tensor) else _constant(x) for x in inputs]
-    _require_one_device(function, arrays)
+    device = _common_device(function, arrays)
     needs = tuple([isinstance(x, Tensor) and x.requires_grad for x in inputs])
     recorded = is_recording() and any(needs)
     function.needs = needs if recorded else (False,) * len(needs)
     given = list(vars(function).values())
-    output = Tensor(numbers.forward(function, arrays))
+    if device == "cpu":
+        result = numbers.forward(function, arrays)
+    else:
+        function, result = twins.forward(function, arrays)
+    output = Tensor(result)
     if recorded:
         function.kept, function.versions = kept_by(function, inputs, arrays, given)
         function.inputs = tuple([_without_values(x) for x in inputs])
@@ -280,16 +284,18 @@ def _constant(value: Any) -> Any:
 
 def _numbers(value: Any) -> Array:
     """``value`` as an array: itself if it is one; TypeError if it holds anything but numbers."""
-    array = value if device_of(value) == "cuda" else np.asarray(value)
+    array = np.asarray(value) if device_of(value) == "cpu" else value
     if array.dtype.kind in "OSUmM":
         raise TypeError(f"a tensor holds numbers, not {type(value).__name__} ({array.dtype})")
     return array
 
 
-def _require_one_device(function: Function, arrays: list[Any]) -> None:
+def _common_device(function: Function, arrays: list[Any]) -> str:
+    """The device of the arrays; numbers lie on none. DeviceError if there are several."""
     devices = {device_of(a): a for a in arrays if hasattr(a, "shape")}
     if len(devices) > 1:
         shapes = " and ".join(f"shape {a.shape} on {d}" for d, a in sorted(devices.items()))
         raise DeviceError(
             f"{function.name}: inputs on different devices ({shapes}): move one with .to"
         )
+    return next(iter(devices), "cpu")

@@ -28,10 +28,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from minihyperflows.engine.backend import Array, device_of, xp_of
+from minihyperflows.engine.backend import Array, device_of
 from minihyperflows.engine.blas import blas_threads, one_blas_thread, set_blas_threads
-from minihyperflows.engine.gpu import elementwise as gpu_elementwise
 from minihyperflows.engine.memory import empty
+from minihyperflows.engine.twins import by_device
 
 T = TypeVar("T")
 
@@ -82,12 +82,12 @@ def for_blocks(
 
     The blocks run side by side, so ``work`` must write to its own block only. An exception in one
     of them is raised here, after those that were begun have ended. ``array`` is one of those that
-    ``work`` deals with: on a GPU, which has threads of its own, all items are one block.
+    ``work`` deals with: on a device with threads of its own all items are one block.
     """
-    on_gpu = device_of(array) != "cpu"
-    block = max(1, length) if on_gpu else block
+    elsewhere = device_of(array) != "cpu"
+    block = max(1, length) if elsewhere else block
     slices = [slice(start, min(start + block, length)) for start in range(0, length, block)]
-    alone = on_gpu or len(slices) < 2 or _working.get()
+    alone = elsewhere or len(slices) < 2 or _working.get()
     others = 0 if alone else threads() - 1
     return _share(work, slices, others) if others else _by_one(work, slices)
 
@@ -159,16 +159,21 @@ def elementwise(work: Callable[..., None], *arrays: Array) -> None:
     for_blocks(lambda block: work(*(a[block] for a in flat)), flat[0].size, BLOCK, flat[0])
 
 
+@by_device
 def add(a: Array, b: Array, out: Array | None = None) -> Array:
     """a + b for arrays of one shape, into ``out`` if given."""
-    if gpu_elementwise.can_add(a, b, out):
-        return gpu_elementwise.add(a, b, out)
-    if a.size <= BLOCK or device_of(a) != "cpu":
-        return xp_of(a).add(a, b, out=out)
+    if a.size <= BLOCK:
+        return np.add(a, b, out=out)
     out = empty(np, a.shape, np.result_type(a, b)) if out is None else out
     rows = rows_per_block(a.size // len(a))
     for_blocks(lambda block: np.add(a[block], b[block], out=out[block]), len(a), rows, a)
     return out
+
+
+@by_device
+def copy(a: Array, out: Array) -> None:
+    """out = a, rounded to the dtype of ``out``."""
+    out[...] = a
 
 
 @cache

@@ -121,6 +121,10 @@ def test_picture_of_the_rooms() -> None:
     assert max(lines.values()) <= sum(lines.values()) / 4
 
 
+ENGINE_ON_GPU = "minihyperflows.engine.gpu"
+# One imports CuPy, one finds the twins, and one, the room's front door, tells how they are found.
+KNOW_THE_GPU = {"minihyperflows.engine" + name for name in (".backend", ".twins", "")}
+
 GROUND = [name for name in MODULES if part(name) in {"engine", "functional", "nn"}]
 
 
@@ -130,6 +134,23 @@ def test_the_ground_floor_knows_neither_presences_nor_data_sets(name: str) -> No
     text = MODULES[name].read_text(encoding="utf-8")
     found = re.findall(r"\b(?:presences?|flux|data ?sets?|recipes?)\b", text, re.IGNORECASE)
     assert not found
+
+
+OPERATIONS = [n for n in MODULES if part(n) == "engine" and ENGINE_ON_GPU not in n]
+
+
+@pytest.mark.parametrize("name", sorted({*OPERATIONS} - KNOW_THE_GPU))
+def test_operations_do_not_know_that_a_gpu_exists(name: str) -> None:
+    """Neither in code nor in words; but a tensor's documentation names its devices."""
+    source = MODULES[name].read_text(encoding="utf-8")
+    if name == "minihyperflows.engine.tensor":
+        source = re.sub(r'""".*?"""', "", source, flags=re.DOTALL)
+    assert not re.findall(r".*(?:gpu|cuda|cupy).*", source, re.IGNORECASE)
+
+
+def test_the_twins_import_the_operations_and_not_the_other_way() -> None:
+    for name in OPERATIONS:
+        assert not [i for i in imports(name) if i.startswith(ENGINE_ON_GPU)], name
 
 
 def test_no_function_hides_a_module() -> None:

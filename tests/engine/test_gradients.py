@@ -135,6 +135,7 @@ ROWS = [
     Row(lambda: norm.BatchNorm(relu=True), ((8, 3), (3,), (3,), (8, 3))),
     Row(lambda: norm.Normalise(POSITIVE[0], POSITIVE[1]), ((2, 4, 3), (3,), (3,))),
     Row(lambda: norm.Normalise(POSITIVE[0], POSITIVE[1]), ((4, 3), (3,), (3,), (4, 3))),
+    Row(lambda: norm.Normalise(POSITIVE[0], POSITIVE[1], relu=True), ((8, 3), (3,), (3,), (8, 3))),
     Row(MeanPresence, ((2, 3), (4,))),
     Row(lambda: MeanPresence(floor=0.0), ((5, 6), (4,)), away_from=0.0),
     Row(masked_weight, ((2, 3),)),

@@ -7,6 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 from support.gpu import gpu as gpu
+from support.spies import calls_of
 
 from minihyperflows import Function, Tensor, apply
 from minihyperflows import functional as F
@@ -52,15 +53,16 @@ def test_relu(gpu, size, dtype):
 
 @every_size
 @pytest.mark.parametrize(("a_dtype", "b_dtype"), list(product(DTYPES, repeat=2)))
-def test_add(gpu, size, a_dtype, b_dtype):
+def test_add(gpu, size, a_dtype, b_dtype, monkeypatch):
     a, b = draw(size, a_dtype), draw(size, b_dtype, 1)
     expected = a + b  # NumPy adds float16 in float32 too
     x, y = on_gpu(a, b)
-    assert elementwise.can_add(x, y, None)
+    sums = calls_of(monkeypatch, elementwise, "_sum")
     assert_same(threads.add(x, y), expected)
     wider = x if x.dtype == expected.dtype else y
     assert threads.add(x, y, out=wider) is wider
     assert_same(wider, expected)
+    assert len(sums) == 2  # by the kernel
 
 
 @every_size

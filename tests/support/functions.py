@@ -11,7 +11,7 @@ from minihyperflows.engine.graph import Function, reverse_topological_order
 
 
 def functions_of_the_package() -> set[type[Function]]:
-    """Every subclass of Function that the package defines."""
+    """Every subclass of Function that the package defines; not their twins for a GPU."""
     for module in pkgutil.walk_packages(mh.__path__, "minihyperflows."):
         if not module.name.endswith("__main__"):
             try:
@@ -19,7 +19,8 @@ def functions_of_the_package() -> set[type[Function]]:
             except ModuleNotFoundError as error:
                 if error.name != "torch":  # which the networks to compare with need, and no more
                     raise
-    return {f for f in subclasses(Function) if f.__module__.startswith("minihyperflows.")}
+    ours = {f for f in subclasses(Function) if f.__module__.startswith("minihyperflows.")}
+    return {f for f in ours if not f.__module__.startswith("minihyperflows.engine.gpu.")}
 
 
 def subclasses(cls: type) -> Iterator[type]:

@@ -1,6 +1,9 @@
-"""The fast paths of the GPU: one Python function for each kernel in ``kernels``.
+"""What computes on a GPU: twins of the engine's operations, and the kernels that they launch.
 
-Operations of the engine compute with NumPy's functions, which CuPy has too, so they run on a GPU as
-they are. Where speed counts they ask :func:`~minihyperflows.engine.gpu.launch.takes` first, and
-hand large float arrays to the functions here, which launch the project's own kernels and cuBLAS.
+:mod:`minihyperflows.engine.twins` says how an operation finds its twin. It imports this package
+when the first array of a GPU comes, so each module with twins is named here.
 """
+
+from minihyperflows.engine.gpu import convolution, elementwise, linear, loss, norm, pooling
+
+__all__ = ["convolution", "elementwise", "linear", "loss", "norm", "pooling"]

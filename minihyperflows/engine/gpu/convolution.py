@@ -5,7 +5,7 @@ With the windows of x as the rows of a matrix X and the filters as the rows of W
     Y = X W^T + b,   dL/dX = c W,   dL/dW = c^T X,   dL/dx = the adjoint of im2col on dL/dX,
 
 where Y and its cotangent c are (N H' W', C_out), X is (N H' W', kH kW C_in). The reference is
-:class:`minihyperflows.engine.im2col.Im2col`. All functions take and return contiguous float32 or
+:class:`minihyperflows.engine.im2col.Im2col`. The functions take and return contiguous float32 or
 float16 arrays of the GPU.
 
 X is larger than x by the size of the kernel. It is kept from the forward pass for dL/dW, which
@@ -21,8 +21,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from minihyperflows.engine import conv
 from minihyperflows.engine.backend import Array, xp_of
-from minihyperflows.engine.gpu.bias import add_bias
+from minihyperflows.engine.gpu.bias import add_bias, bias_gradient
 from minihyperflows.engine.gpu.division import divisor
 from minihyperflows.engine.gpu.gemm import multiply
 from minihyperflows.engine.gpu.launch import (
@@ -35,6 +36,9 @@ from minihyperflows.engine.gpu.launch import (
     pack_width,
     pack_widths,
 )
+from minihyperflows.engine.gpu.linear import takes_layer
+from minihyperflows.engine.gpu.scratch import as_kernels_take, float32_buffer
+from minihyperflows.engine.twins import on_gpu
 from minihyperflows.engine.windows import window_positions
 
 SIZES = (0, 3)  # the sides of windows for which im2col_adjoint is compiled; 0 is any
@@ -67,7 +71,39 @@ MOST_CACHED_BYTES = 24 << 20
 Pair = tuple[int, int]
 
 
-# -- convolution ---------------------------------------------------------------------------------
+@on_gpu(conv.Conv2d)
+class Conv2d(conv.Conv2d):
+    """y = x * W + b;  dL/dW, dL/dx and dL/db as above.
+
+    With one group, and unless a way was asked for by name.
+    """
+
+    def takes(self, x: Array, weight: Array, bias: Array | None = None) -> bool:
+        return self.way is None and self.groups == 1 and takes_layer(x, weight, bias)
+
+    def forward(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+        """Keeps x, or the matrix of its windows, only if dL/dW will be asked for."""
+        self.check(x.shape, weight.shape, None if bias is None else bias.shape)
+        y, columns = forward(x, weight, bias, self.stride, self.padding)
+        needed = any(self.needs[1:2])
+        self.weight, self.x_shape, self.columns = weight, x.shape, columns if needed else None
+        self.x = x if needed and columns is None else None
+        return y
+
+    def backward(self, c: Array) -> tuple[Array | None, ...]:
+        c, where = as_kernels_take(c, self.weight.dtype), (self.stride, self.padding)
+        dx = dw = db = None
+        if self.needs[0]:
+            dx = input_gradient(c, self.weight, self.x_shape, *where)
+        if self.needs[1]:
+            saved, out = (self.x, self.columns), float32_buffer(self.buffer_for(1))
+            dw = weight_gradient(c, *saved, self.weight.shape, *where, out=out)
+        if any(self.needs[2:]):
+            db = bias_gradient(c, float32_buffer(self.buffer_for(2)))
+        return (dx, dw, db)[: len(self.needs)]
+
+
+# -- its three products --------------------------------------------------------------------------
 
 
 def forward(

@@ -6,7 +6,8 @@ from itertools import product
 
 import numpy as np
 
-from minihyperflows.engine.backend import Array, cupy
+from minihyperflows.engine import ops, threads
+from minihyperflows.engine.backend import Array, contiguous, cupy, xp_of
 from minihyperflows.engine.gpu.launch import (
     C_TYPES,
     PACK_BYTES,
@@ -17,6 +18,7 @@ from minihyperflows.engine.gpu.launch import (
     takes,
 )
 from minihyperflows.engine.gpu.scratch import shared_width
+from minihyperflows.engine.twins import on_gpu
 
 # The packs of a kernel that moves these types: 16 bytes of the wider one, or single numbers.
 WIDTHS = {("float",): (1, 4), ("__half",): (1, 8), ("__half", "__half"): (1, 8)}
@@ -34,6 +36,42 @@ SOURCE = Source(
 )  # fmt: skip
 
 
+@on_gpu(ops.ReLU)
+class ReLU(ops.ReLU):
+    """y = max(x, 0);  dL/dx = c where x > 0, else 0."""
+
+    def takes(self, x: Array) -> bool:
+        """In any layout."""
+        return x.dtype.name in C_TYPES
+
+    def forward(self, x: Array) -> Array:
+        self.y = relu(contiguous(x))
+        return self.y
+
+    def backward(self, c: Array) -> Array:
+        if takes(c) and c.dtype == self.y.dtype:
+            return relu_backward(c, self.y)
+        return super().backward(c)
+
+
+@on_gpu(threads.add)
+def add(a: Array, b: Array, out: Array | None = None) -> Array:
+    """a + b for arrays of one shape, into ``out`` if given, which may be one of them."""
+    return _sum(a, b, out) if _takes_sum(a, b, out) else xp_of(a).add(a, b, out=out)
+
+
+@on_gpu(threads.copy)
+def copy(a: Array, out: Array) -> None:
+    """out = a, rounded to the type of ``out``."""
+    if takes(a, out):
+        convert(a, out)
+    else:
+        out[...] = a
+
+
+# -- the kernels -----------------------------------------------------------------------------------
+
+
 def relu(x: Array) -> Array:
     """y = x where x > 0, else 0; a NaN stays one."""
     y = cupy().empty(x.shape, x.dtype)
@@ -48,16 +86,16 @@ def relu_backward(c: Array, y: Array) -> Array:
     return dx
 
 
-def can_add(a: Array, b: Array, out: Array | None) -> bool:
-    """Whether :func:`add` takes these: of one shape, with a sum of the type that NumPy gives it."""
+def _takes_sum(a: Array, b: Array, out: Array | None) -> bool:
+    """Whether the kernel adds these: of one shape, with a sum of the type that NumPy gives it."""
     if not takes(a, b, out) or a.shape != b.shape:
         return False
     wider = a if a.dtype.itemsize > b.dtype.itemsize else b
     return out is None or (out.shape == a.shape and out.dtype == wider.dtype)
 
 
-def add(a: Array, b: Array, out: Array | None = None) -> Array:
-    """a + b, computed in float32; float16 if both are. ``out`` may be one of them."""
+def _sum(a: Array, b: Array, out: Array | None) -> Array:
+    """a + b, computed in float32; float16 if both are."""
     if a.dtype.itemsize < b.dtype.itemsize:
         a, b = b, a
     out = cupy().empty(a.shape, a.dtype) if out is None else out

@@ -1,35 +1,49 @@
-"""Linear layers on the GPU (chapter 14), and what convolutions share with them.
-
-All functions but :func:`fits` take contiguous float32 or float16 arrays of the GPU.
-"""
+"""Linear layers on the GPU (chapter 14)."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from minihyperflows.engine import ops
 from minihyperflows.engine.backend import Array, xp_of
-from minihyperflows.engine.gpu.bias import add_bias
+from minihyperflows.engine.gpu.bias import add_bias, bias_gradient
 from minihyperflows.engine.gpu.gemm import multiply
 from minihyperflows.engine.gpu.launch import takes
-from minihyperflows.engine.gpu.scratch import is_float32
+from minihyperflows.engine.gpu.scratch import as_kernels_take, float32_buffer, is_float32
+from minihyperflows.engine.twins import on_gpu
 
 
-def fits(x: Array, weight: Array, bias: Array | None) -> bool:
+def takes_layer(x: Array, weight: Array, bias: Array | None = None) -> bool:
     """Whether the kernels compute a layer with these arrays: x and the weight in one dtype, float32
     or float16, and the bias in float32."""
-    return takes(x, weight) and x.dtype == weight.dtype and x.size > 0 and is_float32(bias)
+    fit = takes(x, weight) and x.dtype == weight.dtype and is_float32(bias)
+    return fit and 0 not in (x.size, weight.size)
 
 
-def cotangent_like(c: Array, dtype: np.dtype) -> Array:
-    """The cotangent as the kernels need it: c itself if it is contiguous and has that dtype."""
-    if c.dtype.kind == "c":
-        raise TypeError(f"a {c.dtype} cotangent of a {dtype} layer: make its inputs {c.dtype} too")
-    return xp_of(c).ascontiguousarray(c, dtype=dtype)
+@on_gpu(ops.Linear)
+class Linear(ops.Linear):
+    """y = x W^T + b by cuBLAS;  dL/dx = c W,  dL/dW = c^T x,  dL/db = sum of c."""
+
+    def takes(self, x: Array, weight: Array, bias: Array | None = None) -> bool:
+        return takes_layer(x, weight, bias)
+
+    def forward(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+        self.check(x, weight, bias)
+        self.x, self.weight = x, weight
+        return forward(x, weight, bias)
+
+    def backward(self, c: Array) -> tuple[Array | None, ...]:
+        c = as_kernels_take(c, self.weight.dtype)
+        dx = input_gradient(c, self.weight) if self.needs[0] else None
+        dw = db = None
+        if self.needs[1]:
+            dw = weight_gradient(c, self.x, float32_buffer(self.buffer_for(1)))
+        if any(self.needs[2:]):
+            db = bias_gradient(c, float32_buffer(self.buffer_for(2)))
+        return (dx, dw, db)[: len(self.needs)]
 
 
-def float32_buffer(buffer: Array | None) -> Array | None:
-    """``buffer`` if a gradient can be written there, else None."""
-    return buffer if is_float32(buffer) else None
+# The functions below take contiguous float32 or float16 arrays of the GPU.
 
 
 def forward(x: Array, weight: Array, bias: Array | None = None) -> Array:

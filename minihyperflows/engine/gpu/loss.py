@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from itertools import product
 
+from minihyperflows.engine import ops
 from minihyperflows.engine.backend import Array, cupy
 from minihyperflows.engine.gpu.launch import C_TYPES, Source, blocks_for, c_type, takes
 from minihyperflows.engine.gpu.scratch import arrivals, as_kernels_take, is_integer
+from minihyperflows.engine.twins import on_gpu
 
 LABEL_TYPES = {"int32": "int", "int64": "long long"}
 COTANGENTS = (("float", "float"), ("__half", "float"), ("__half", "__half"))
@@ -25,9 +27,29 @@ SOURCE = Source(
 )
 
 
-def can_compute(logits: Array, labels: Array) -> bool:
-    """Whether the kernels take these logits (N, K) and labels (N,): int32 or int64."""
-    return takes(logits) and logits.size > 0 and is_integer(labels, *LABEL_TYPES)
+@on_gpu(ops.CrossEntropy)
+class CrossEntropy(ops.CrossEntropy):
+    """L = -1/N sum_n sum_k q_nk ln p_nk;  dL/dlogits = (p - q) / N.
+
+    The kernels do not tell whether all labels lie in [0, K): the loss is NaN if not.
+    """
+
+    def takes(self, logits: Array) -> bool:
+        labelled = self.labels is not None and is_integer(self.labels, *LABEL_TYPES)
+        return labelled and takes(logits) and logits.size > 0
+
+    def forward(self, logits: Array) -> Array:
+        ops.check_labels_fit(self.labels, logits.shape)
+        self.logits = logits
+        loss, self.normalisers = cross_entropy(logits, self.labels, self.label_smoothing)
+        return loss
+
+    def backward(self, c: Array) -> Array:
+        saved = (self.logits, self.labels, self.normalisers, self.label_smoothing)
+        return cross_entropy_gradient(c, *saved)
+
+
+# -- the kernels -----------------------------------------------------------------------------------
 
 
 def cross_entropy(logits: Array, labels: Array, label_smoothing: float) -> tuple[Array, Array]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from minihyperflows.engine import norm
 from minihyperflows.engine.backend import Array, cupy
 from minihyperflows.engine.gpu.launch import (
     MOST_BLOCKS,
@@ -19,7 +20,15 @@ from minihyperflows.engine.gpu.launch import (
     every_type_and_width,
     takes,
 )
-from minihyperflows.engine.gpu.scratch import arrivals, is_float32, is_integer, shared_width
+from minihyperflows.engine.gpu.scratch import (
+    arrivals,
+    as_kernels_take,
+    float32_buffer,
+    is_float32,
+    is_integer,
+    shared_width,
+)
+from minihyperflows.engine.twins import on_gpu
 
 NAMES = ("channel_statistics", "normalise", "evaluate", "cotangent_sums", "input_gradient")
 SOURCE = Source("batch_norm.cu", [k for name in NAMES for k in every_type_and_width(name)])
@@ -29,7 +38,7 @@ ROWS, FEWER_ROWS = 4, 2  # of a thread at a time, as in batch_norm.cu
 SLAB_BLOCKS = 264  # of a pass that sums: two for each multiprocessor of an H200, all at a time
 
 
-def can_normalise(
+def takes_all(
     x: Array,
     scale: Any,
     shift: Any,
@@ -43,10 +52,66 @@ def can_normalise(
     return (
         takes(x, residual)
         and x.size > 0
-        and (residual is None or residual.dtype == x.dtype)
-        and all(is_float32(a) for a in vectors)
+        and (residual is None or (residual.dtype, residual.shape) == (x.dtype, x.shape))
+        and all(a is None or (is_float32(a) and a.shape == x.shape[-1:]) for a in vectors)
         and is_integer(batches, "int64")
     )
+
+
+@on_gpu(norm.BatchNorm)
+class BatchNorm(norm.BatchNorm):
+    """y = scale z + shift [+ r] in two passes over memory, and dL/dx, dL/dscale, dL/dshift in two:
+    see ``batch_norm.cu``."""
+
+    def takes(self, x: Array, scale: Any, shift: Any, residual: Array | None = None) -> bool:
+        running = self.running
+        return takes_all(x, scale, shift, residual, running.mean, running.var, running.batches)
+
+    def forward(self, x: Array, scale: Any, shift: Any, residual: Array | None = None) -> Array:
+        self.rows, running = self.rows_of(x), self.running
+        update = (running.mean, running.var, running.batches, running.momentum)
+        self.statistics = channel_statistics(x, scale, shift, self.eps, *update)
+        y = normalise(x, residual, self.statistics, self.relu)
+        self.y = y if self.relu and residual is not None else None
+        return y
+
+    def backward(self, c: Array) -> tuple[Array | None, ...]:
+        c = as_kernels_take(c, self.rows.dtype)
+        x, saved = self.rows.reshape(c.shape), (self.y, self.statistics)
+        vectors = (self.vector_for(1), self.vector_for(2))
+        slopes = cotangent_sums(c, x, *saved, self.relu, *vectors)
+        needs_residual = len(self.needs) == 4 and self.needs[3]
+        dx, masked = input_gradient(
+            *(c, x, *saved, slopes, self.relu),
+            needs_x=self.needs[0],
+            needs_residual=needs_residual and self.relu,
+        )
+        residual = masked if self.relu else c
+        return (dx, *vectors, residual if needs_residual else None)[: len(self.needs)]
+
+    def vector_for(self, i: int) -> Array | None:
+        """Where the kernels write the gradient of input ``i``, of one float32 a channel."""
+        if not self.needs[i]:
+            return None
+        buffer = float32_buffer(self.buffer_for(i))
+        return cupy().empty(self.rows.shape[1:], "float32") if buffer is None else buffer
+
+
+@on_gpu(norm.Normalise)
+class Normalise(norm.Normalise):
+    """y = scale (x - mean) / sqrt(var + eps) + shift [+ r] in one pass.
+
+    Only where no gradient will be asked for, as in evaluation.
+    """
+
+    def takes(self, x: Array, scale: Any, shift: Any, residual: Array | None = None) -> bool:
+        return not any(self.needs) and takes_all(x, scale, shift, residual, self.mean, self.var)
+
+    def forward(self, x: Array, scale: Any, shift: Any, residual: Array | None = None) -> Array:
+        return evaluate(x, scale, shift, residual, self.mean, self.var, self.eps, self.relu)
+
+
+# -- the kernels -----------------------------------------------------------------------------------
 
 
 def channel_statistics(

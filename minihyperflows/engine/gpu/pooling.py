@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
+from minihyperflows.engine import pooling
 from minihyperflows.engine.backend import Array, cupy
 from minihyperflows.engine.gpu.launch import Source, c_type, every_type_and_width, takes
-from minihyperflows.engine.gpu.scratch import shared_width
+from minihyperflows.engine.gpu.scratch import as_kernels_take, shared_width
+from minihyperflows.engine.twins import on_gpu
 from minihyperflows.engine.windows import window_positions
 
 NAMES = ("max_pool", "max_pool_gradient", "avg_pool", "avg_pool_gradient")
@@ -23,14 +27,51 @@ MOST_ROWS = (1 << 31) - 1  # of a grid
 Sizes = tuple[int, int]
 
 
-def can_max_pool(x: Array, size: Sizes) -> bool:
-    """Whether the kernels take these images and windows."""
-    return can_avg_pool(x) and math.prod(size) <= LARGEST_WINDOW
+class Pool2d(pooling.Pool2d):
+    """What the two have in common."""
+
+    dtype: np.dtype  # of x, set by forward
+
+    def takes(self, x: Array) -> bool:
+        return takes(x) and x.ndim == 4 and x.size > 0 and len(x) * x.shape[1] <= MOST_ROWS
+
+    def keep(self, x: Array) -> None:
+        """Raise ShapeError unless x can be pooled; else note what ``backward`` needs."""
+        self.check(x.shape)
+        self.shape, self.dtype = x.shape, x.dtype
 
 
-def can_avg_pool(x: Array) -> bool:
-    """Whether the kernels take these images."""
-    return takes(x) and x.size > 0 and x.shape[0] * x.shape[1] <= MOST_ROWS
+@on_gpu(pooling.MaxPool2d)
+class MaxPool2d(Pool2d, pooling.MaxPool2d):
+    """y = the largest number in each window;  dL/dx = c at the first place that has it."""
+
+    def takes(self, x: Array) -> bool:
+        return super().takes(x) and math.prod(self.size) <= LARGEST_WINDOW
+
+    def forward(self, x: Array) -> Array:
+        self.keep(x)
+        y, self.place = max_pool(x, self.size, self.stride)
+        return y
+
+    def backward(self, c: Array) -> Array:
+        c = as_kernels_take(c, self.dtype)
+        return max_pool_gradient(c, self.place, self.shape, self.size, self.stride)
+
+
+@on_gpu(pooling.AvgPool2d)
+class AvgPool2d(Pool2d, pooling.AvgPool2d):
+    """y = the mean of each window's kH kW numbers;  dL/dx = c / (kH kW) for each of them."""
+
+    def forward(self, x: Array) -> Array:
+        self.keep(x)
+        return avg_pool(x, self.size, self.stride)
+
+    def backward(self, c: Array) -> Array:
+        c = as_kernels_take(c, self.dtype)
+        return avg_pool_gradient(c, self.shape, self.size, self.stride)
+
+
+# -- the kernels -----------------------------------------------------------------------------------
 
 
 def max_pool(x: Array, size: Sizes, stride: Sizes) -> tuple[Array, Array]:

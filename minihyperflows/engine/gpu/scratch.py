@@ -26,18 +26,21 @@ def shared_width(length: int, *arrays: Array | None) -> int:
     return width
 
 
-def as_kernels_take(array: Array, dtype: object) -> Array:
-    """``array`` as C-contiguous numbers of ``dtype`` on its device: itself if it is that."""
-    if takes(array) and array.dtype == dtype:
-        return array
-    if array.dtype.kind == "c":
-        raise TypeError(f"a {array.dtype} cotangent of real numbers: make these {array.dtype} too")
-    return cupy().ascontiguousarray(array, dtype=dtype)
+def as_kernels_take(c: Array, dtype: object) -> Array:
+    """The cotangent ``c`` as C-contiguous numbers of ``dtype``: itself if it is that."""
+    if c.dtype.kind == "c":
+        raise TypeError(f"a {c.dtype} cotangent of a {dtype} operation: make its inputs {c.dtype}")
+    return cupy().ascontiguousarray(c, dtype=dtype)
 
 
 def is_float32(array: Array | None) -> bool:
     """Whether it is a C-contiguous float32 array on a GPU; None is fine too."""
     return array is None or (takes(array) and array.dtype == "float32")
+
+
+def float32_buffer(buffer: Array | None) -> Array | None:
+    """``buffer`` if a gradient can be written there, else None."""
+    return buffer if is_float32(buffer) else None
 
 
 def is_integer(array: Array | None, *dtypes: str) -> bool:
