@@ -1,6 +1,6 @@
 """Hyperflows and its alternatives at equal sparsity, equal epochs and equal learning rates.
 
-    python -m minihyperflows.studies.alternatives --data-dir DIR --out FILE
+    minihyperflows study alternatives --data-dir DIR --out FILE
 
 trains LeNet-300 on MNIST. For each seed there is one dense network (5 epochs). Every method starts
 from a copy of it and has 10 epochs more, with a new Adam whose learning rate falls along the same
@@ -28,9 +28,8 @@ A row for each run: ``sparsity`` (reached, exact), ``test_accuracy``, ``train_lo
 cross-entropy over the last epoch, with label smoothing), ``density_LAYER``, ``dense_accuracy``
 (of the network it started from; for RigL that of its seed), ``steering_error`` and ``landed_by``
 (Hyperflows: by how much the pressure alone missed its aim, and how many weights the landing moved).
-The file is the state: a run that has its row is not repeated. ``--folder`` keeps the dense
-networks, so that several processes share them, and the final mask of every run. ``--join FILE...``
-takes over the runs of other files, and does none.
+``--folder`` keeps the dense networks, so that several commands share them, and the final mask of
+every run.
 """
 
 from __future__ import annotations
@@ -38,28 +37,26 @@ from __future__ import annotations
 import dataclasses
 import io
 import time
-from collections.abc import Callable, Sequence
-from operator import itemgetter
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from tqdm import tqdm
 
 from minihyperflows import flows, optim
 from minihyperflows import functional as F
 from minihyperflows.analysis import planned_sparsity
-from minihyperflows.data.datasets import Dataset, load, normalise
+from minihyperflows.data.datasets import Dataset, normalise
 from minihyperflows.engine import Tensor
 from minihyperflows.errors import UserError
 from minihyperflows.flows.gates import gated_layers, is_present
 from minihyperflows.flows.scheduler import cosine
 from minihyperflows.flows.stages import PRUNING
 from minihyperflows.lab.checkpoint import write_atomically
-from minihyperflows.lab.console import Parser
 from minihyperflows.lab.recipes import Recipe, find
-from minihyperflows.lab.records import adds_to_table, join_records, records_so_far, write_records
-from minihyperflows.lab.runs import provenance
+from minihyperflows.lab.records import Row
 from minihyperflows.lab.training import Trainer, build_network, evaluate
 from minihyperflows.nn import Module
 from minihyperflows.nn.counting import kept_weights
@@ -72,9 +69,9 @@ from minihyperflows.related.pruners import (
     Random,
     RigL,
 )
-from minihyperflows.studies.command import parse_seed, reporting
+from minihyperflows.studies.frame import Bench, Study, main
+from minihyperflows.studies.options import choice, one, seeds, values
 
-MODULE = "minihyperflows.studies.alternatives"
 SPARSITIES = (0.9, 0.95, 0.98, 0.99, 0.995)
 START_LR, END_LR = 1e-3, 1e-5
 HYPERFLOWS, DENSE_CONTROL, RIGL = "hyperflows", "dense", "rigl"
@@ -119,7 +116,6 @@ _CHANGES: dict[str, dict[str, Any]] = {
 }
 RECIPES = {name: find(name).with_fields(fields) for name, fields in _CHANGES.items()}
 
-Row: TypeAlias = dict[str, Any]
 Weights: TypeAlias = dict[str, np.ndarray]
 
 
@@ -266,44 +262,85 @@ def row(
     }
 
 
-@adds_to_table
-def join(files: Sequence[Path], out: Path) -> list[Row]:
-    """Add the rows of all files to ``out``, by sparsity, method and seed, each run once."""
-    rows = join_records(out, files, _identity, IDENTITY)
-    rows.sort(key=lambda r: (r["target_sparsity"], r["method"], r["seed"]))
-    if not rows:
-        raise UserError("these files hold no run")
-    write_records(out, rows)
-    return rows
-
-
 # -- the study -----------------------------------------------------------------------------------
 
 
-class Networks:
-    """The dense networks by seed, in memory and, if there is a folder, in files of it."""
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What tells a run from all others."""
 
-    def __init__(self, recipe: Recipe, data: Dataset, folder: Path | None) -> None:
-        self.recipe, self.data, self.folder = recipe, data, folder
-        self._found: dict[int, tuple[Weights, float]] = {}
+    recipe: str = choice(*RECIPES, default=["lenet300-mnist"])
+    method: str = choice(*METHODS, others=("--methods",))
+    target_sparsity: float = values(float, *SPARSITIES, others=("--sparsities",))
+    folder: Any = one(Path, identity=False, help="for the dense networks and the masks")
+    seed: int = seeds(3)
 
-    def __getitem__(self, seed: int) -> tuple[Weights, float]:
-        """The weights and the test accuracy."""
-        if seed not in self._found:
-            weights = self._load(seed)
-            net, _ = fresh(self.recipe, self.data, seed)
-            net.load_state_dict(weights)
-            self._found = {seed: (weights, evaluate(net, self.data))}
-        return self._found[seed]
 
-    def _load(self, seed: int) -> Weights:
-        if self.folder is None:
-            return train_dense(self.recipe, self.data, seed)
-        file = self.folder / f"{self.recipe.name}-dense-{seed}.npz"
-        if not file.exists():
-            save_arrays(file, train_dense(self.recipe, self.data, seed))
-        with np.load(file) as arrays:
-            return dict(arrays)
+class Alternatives(Study[Run]):
+    """Hyperflows and other methods of pruning at equal sparsity, epochs and learning rates."""
+
+    name, Setting = "alternatives", Run
+    shown = ("test_accuracy", "train_loss")
+
+    def plan(self, chosen: dict[str, tuple[Any, ...]]) -> Iterable[Run]:
+        for run in super().plan(chosen):
+            whole = run.method == DENSE_CONTROL
+            yield dataclasses.replace(run, target_sparsity=0.0) if whole else run
+
+    def shares(self, s: Run) -> tuple[str, int]:
+        return s.recipe, s.seed
+
+    def dataset(self, s: Run) -> str:
+        return RECIPES[s.recipe].dataset
+
+    def check(self, s: Run, bench: Bench) -> None:
+        if s.method != DENSE_CONTROL:
+            RECIPES[s.recipe].with_target(s.target_sparsity)  # complains of what is no sparsity
+        bench.data(self.dataset(s))
+
+    def command(self, s: Run, device: str = "cpu") -> str:
+        return super().command(dataclasses.replace(s, folder=None), device)
+
+    def run(self, s: Run, bench: Bench) -> Row:
+        recipe, data = RECIPES[s.recipe], bench.data(self.dataset(s))
+        dense, accuracy = bench.shared(
+            ("dense", s.recipe, s.seed), lambda: dense_network(recipe, data, s.seed, s.folder)
+        )
+        started = time.perf_counter()
+        outcome = run(s.method, recipe, data, dense, s.target_sparsity, s.seed)
+        result = row(s.method, recipe, data, outcome, s.target_sparsity, s.seed)
+        if s.folder is not None:
+            packed = {name: np.packbits(mask) for name, mask in outcome.present.items()}
+            name = f"{s.recipe}-{s.method}-{s.target_sparsity:g}-{s.seed}.npz"
+            save_arrays(s.folder / name, packed)
+        return result | {"dense_accuracy": accuracy, "seconds": time.perf_counter() - started}
+
+    def order(self, row: Row) -> Any:
+        return row["target_sparsity"], row["method"], row["seed"]
+
+
+def dense_network(
+    recipe: Recipe, data: Dataset, seed: int, folder: Path | None
+) -> tuple[Weights, float]:
+    """The weights of a seed's dense network, from ``folder`` if they are there, and its accuracy.
+
+    Raises:
+        UserError: the file in the folder is damaged, or of another network.
+    """
+    net, _ = fresh(recipe, data, seed)
+    file = folder / f"{recipe.name}-dense-{seed}.npz" if folder else None
+    if file is not None and file.exists():
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                net.load_state_dict(dict(arrays))
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{file} is not a dense network ({reason}): remove it") from error
+    else:
+        net.load_state_dict(train_dense(recipe, data, seed))
+        if file is not None:
+            save_arrays(file, net.state_dict())
+    return net.state_dict(), evaluate(net, data)
 
 
 def save_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -314,80 +351,7 @@ def save_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
     write_atomically(file, content.getvalue())
 
 
-@adds_to_table
-def run_study(
-    out: Path,
-    recipe: Recipe,
-    data: Dataset,
-    methods: Sequence[str] = METHODS,
-    sparsities: Sequence[float] = SPARSITIES,
-    seeds: Sequence[int] = (0, 1, 2),
-    folder: Path | None = None,
-    progress: bool = True,
-) -> list[Row]:
-    """Do the runs that have no row in ``out`` yet; returns all rows."""
-    rows = records_so_far(out, IDENTITY)
-    done = {_identity(r) for r in rows}
-    wanted = [
-        (method, sparsity, seed)
-        for seed in seeds
-        for method in methods
-        for sparsity in ((0.0,) if method == DENSE_CONTROL else sparsities)
-    ]
-    missing = [run for run in dict.fromkeys(wanted) if (recipe.name, *run) not in done]
-    networks = Networks(recipe, data, folder)
-    for method, sparsity, seed in tqdm(missing, disable=not progress, unit="run"):
-        dense, accuracy = networks[seed]
-        started = time.perf_counter()
-        outcome = run(method, recipe, data, dense, sparsity, seed)
-        result = row(method, recipe, data, outcome, sparsity, seed)
-        result |= {"dense_accuracy": accuracy, "seconds": time.perf_counter() - started}
-        rows.append(result | source(recipe, method, sparsity, seed))
-        write_records(out, rows)
-        if folder is not None:
-            packed = {name: np.packbits(mask) for name, mask in outcome.present.items()}
-            save_arrays(folder / f"{recipe.name}-{method}-{sparsity:g}-{seed}.npz", packed)
-    return rows
-
-
-IDENTITY = ("recipe", "method", "target_sparsity", "seed")  # columns
-_identity = itemgetter(*IDENTITY)
-
-
-def source(recipe: Recipe, method: str, sparsity: float, seed: int) -> Row:
-    """Where a row comes from; the command repeats it."""
-    place = "--data-dir DIR " if recipe.dataset != "digits" else ""
-    command = (
-        f"python -m {MODULE} --recipe {recipe.name} --methods {method} --sparsities {sparsity:g} "
-        f"--seeds {seed} {place}--out FILE"
-    )
-    return provenance(recipe.dtype, command)
-
-
-@reporting()
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = Parser(prog=f"python -m {MODULE}", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--recipe", choices=tuple(RECIPES), default="lenet300-mnist")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
-    parser.add_argument("--seeds", nargs="+", type=parse_seed, default=(0, 1, 2))
-    parser.add_argument("--data-dir", help="where MNIST lies")
-    parser.add_argument("--folder", type=Path, help="for the dense networks and the masks")
-    parser.add_argument("--join", nargs="+", type=Path, default=(), help="only take their runs")
-    parser.add_argument("--out", type=Path, required=True, help="the CSV file, continued if there")
-    options = parser.parse_args(arguments)
-    if options.join:
-        join(options.join, options.out)
-        return
-    recipe = RECIPES[options.recipe]
-    targets = [s for s in options.sparsities if options.methods != [DENSE_CONTROL]]
-    for sparsity in targets:
-        recipe.with_target(sparsity)  # complains of what is no sparsity
-    data = load(recipe.dataset, options.data_dir)
-    choice = options.methods, targets, options.seeds
-    run_study(options.out, recipe, data, *choice, options.folder)
-
+STUDY = Alternatives()
 
 if __name__ == "__main__":
-    main()
+    main(STUDY, listed=True)

@@ -6,12 +6,12 @@ set at fixed topology: s = -kappa w dL/dw' at w' = 0. The pressure gamma / N out
 and then measures s for all removed weights and, removing them one at a time, for a sample of the
 present ones. ::
 
-    python -m minihyperflows.studies.equilibrium lenet300-digits-gamma \
-        --gammas 0,2^-6:2^6:2 --seeds 0 1 --out chapters/results/equilibrium.csv
+    minihyperflows study equilibrium --recipe lenet300-digits-gamma \
+        --gamma 0,2^-6:2^6:2 --seeds 2 --out chapters/results/equilibrium.csv
 
 writes a row for each run to that file, the epochs of the runs to ``equilibrium-epochs.csv`` and the
-distributions of s to ``equilibrium-supports.csv``. Runs that are in the files are not repeated.
-With ``--runs DIR...`` in place of a recipe it measures finished runs, those of a sweep for example.
+distributions of s to ``equilibrium-supports.csv``. With ``--run DIR...`` in place of a recipe it
+measures finished runs, those of a sweep for example.
 
 Columns: ``density`` after the last epoch; ``above``, the fraction of weights with s > gamma / N;
 ``presence``, the sum of 1 - gamma / (N s) over these, over N; ``balance_gamma``, the gamma at which
@@ -20,36 +20,31 @@ Columns: ``density`` after the last epoch; ``above``, the fraction of weights wi
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import shlex
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from operator import itemgetter
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from minihyperflows import flows
 from minihyperflows.analysis import supports
-from minihyperflows.data.datasets import Dataset, load
+from minihyperflows.data.datasets import Dataset
 from minihyperflows.errors import UserError
 from minihyperflows.flows.recorder import LayerFlow
 from minihyperflows.lab.checkpoint import load_checkpoint
-from minihyperflows.lab.console import Parser
-from minihyperflows.lab.recipes import Recipe, find
-from minihyperflows.lab.records import Record, adds_to_table
-from minihyperflows.lab.runs import RunFolder, provenance
+from minihyperflows.lab.recipes import RECIPES, Recipe, find
+from minihyperflows.lab.records import Row
+from minihyperflows.lab.runs import RunFolder
 from minihyperflows.lab.sweep import parse_gammas
 from minihyperflows.lab.training import EpochRecord, Trainer, build_network
 from minihyperflows.nn import Module
-from minihyperflows.studies.command import parse_seed, reporting
+from minihyperflows.studies.frame import WITH_THE_PACKAGE, Bench, Study, Tables, main
+from minihyperflows.studies.options import choice, one, parse_count, seeds, values
+from minihyperflows.studies.trainers import run_until
 
 OCTAVES = range(-12, 13)  # at which pressures gamma = 2^k the distribution of s is written down
-MODULE = "minihyperflows.studies.equilibrium"
-Row: TypeAlias = dict[str, Any]
 
 
 # -- one run -------------------------------------------------------------------------------------
@@ -69,11 +64,9 @@ def train_under_pressure(
     recipe: Recipe, data: Dataset, seed: int, observe: Callable[[], Any] = lambda: None
 ) -> Finished:
     """Train with the recipe's constant pressure; ``observe`` is called after each epoch."""
-    rng, records = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
     trainer = Trainer(build_network(recipe, data, rng), data, recipe, rng)
-    while not trainer.finished:
-        records.append(trainer.run_epoch())
-        observe()
+    records = run_until(trainer, tick=observe)
     return Finished(trainer.net, recipe, seed, records)
 
 
@@ -134,74 +127,77 @@ def _epoch(record: EpochRecord) -> Row:
 
 # -- the study -----------------------------------------------------------------------------------
 
-IDENTITY = ("recipe", "seed", "gamma")  # columns
-_identity = itemgetter(*IDENTITY)
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A recipe under a constant pressure; or a finished run, in its folder."""
+
+    recipe: str = choice(*sorted(RECIPES), default=())
+    gamma: float = values(parse_gammas, *parse_gammas("2^-6:2^6:2"), others=("--gammas",))
+    run: Any = values(Path, others=("--runs",), identity=False, help="measure finished runs")
+    epochs: int | None = one(parse_count, identity=False, help="of the stage under pressure")
+    sample: int = one(parse_count, 200, identity=False, help="present weights to measure")
+    seed: int = seeds(1)
 
 
-@reporting()
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = Parser(prog=f"python -m {MODULE}", description=__doc__)
-    parser.add_argument("recipe", nargs="?", help="for example lenet300-digits-gamma")
-    parser.add_argument("--gammas", default="2^-6:2^6:2", help="as for minihyperflows sweep")
-    parser.add_argument("--seeds", type=parse_seed, nargs="+", default=[0])
-    parser.add_argument("--epochs", type=int, help="of the stage under pressure")
-    parser.add_argument("--runs", type=Path, nargs="+", default=[], help="measure finished runs")
-    parser.add_argument("--sample", type=int, default=200, help="present weights to measure")
-    parser.add_argument("--data-dir", help="where MNIST lies")
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args(arguments)
-    if (options.recipe is None) == (not options.runs):
-        parser.error("give a recipe, or finished runs with --runs")
-    run_study(options)
+class Equilibrium(Study[Run]):
+    """Where flux and pressure balance: constant pressures, and the support of every weight."""
 
+    name, Setting, parts = "equilibrium", Run, ("epochs", "supports")
+    shown = ("density", "above", "presence", "balance_gamma", "flips_per_step", "test_accuracy")
 
-@adds_to_table
-def run_study(options: argparse.Namespace) -> None:
-    """Measure the runs that are not in the tables yet."""
-    record = Record(options.out, ("epochs", "supports"), _identity, IDENTITY)
-    bar = tqdm(unit="epoch", dynamic_ncols=True)
-    for recipe, seed, command, finish in _plan(options, bar):
-        name = f"gamma {recipe.pressure.gamma:g} seed {seed}"
-        if (recipe.name, seed, recipe.pressure.gamma) in record.done:
-            bar.write(f"{name}: done before")
-            continue
-        data = load(recipe.dataset, options.data_dir)
-        row, epochs, distribution = measure(finish(data), data, options.sample)
-        record.add(epochs, distribution, [row | provenance(recipe.dtype, command)])
-        bar.write(f"{name}: density {row['density']:.4%}")
+    def plan(self, chosen: dict[str, tuple[Any, ...]]) -> Iterable[Run]:
+        if bool(chosen["recipe"]) == bool(chosen["run"]):
+            raise UserError("give a recipe with --recipe, or finished runs with --run")
+        if not chosen["run"]:
+            return super().plan(chosen | {"run": (None,)})
+        (sample,) = chosen["sample"]
+        return [self._finished(folder, sample) for folder in chosen["run"]]
 
-
-Plan: TypeAlias = Iterator[tuple[Recipe, int, str, Callable[[Dataset], Finished]]]
-
-
-def _plan(options: argparse.Namespace, bar: tqdm) -> Plan:
-    """Recipe, seed, the command that repeats the run, and what carries it out."""
-    ending = ["--sample", str(options.sample), "--out", options.out.name]
-    for folder in options.runs:
+    def _finished(self, folder: Path, sample: int) -> Run:
         summary = RunFolder(folder).read_summary()
-        here = shlex.join(["python", "-m", MODULE, "--runs", "RUN", *ending])
-        command = f"{summary['command']} --out RUN; {here}"
         recipe = Recipe.from_json(summary["recipe"])
-        yield recipe, summary["seed"], command, partial(from_folder, folder)
-    if options.runs:
-        return
-    recipe = find(options.recipe)
-    epochs = ["--epochs", str(options.epochs)] if options.epochs else []
-    if options.epochs:
-        recipe = recipe.with_fields({"pruning.epochs": options.epochs})
-    for seed in options.seeds:
-        for gamma in parse_gammas(options.gammas):
-            words = ["python", "-m", MODULE, recipe.name, "--gammas", f"{gamma!r}"]
-            command = shlex.join([*words, "--seeds", str(seed), *epochs, *ending])
-            pressed = recipe.with_gamma(gamma)
+        if recipe.pressure.gamma is None:
+            raise UserError(f"the run in {folder} was steered, not under a constant pressure")
+        return Run(recipe.name, recipe.pressure.gamma, folder, None, sample, summary["seed"])
 
-            def finish(data: Dataset, pressed: Recipe = pressed, seed: int = seed) -> Finished:
-                bar.reset(pressed.timeline.epochs)
-                return train_under_pressure(pressed, data, seed, bar.update)
+    def recipe(self, s: Run) -> Recipe:
+        """What is trained."""
+        if s.run is not None:
+            return Recipe.from_json(RunFolder(s.run).read_summary()["recipe"])
+        fields = {} if s.epochs is None else {"pruning.epochs": s.epochs}
+        return find(s.recipe).with_fields(fields).with_gamma(s.gamma)
 
-            yield pressed, seed, command, finish
+    def dataset(self, s: Run) -> str:
+        return self.recipe(s).dataset
 
+    def dtype(self, s: Run) -> str:
+        return self.recipe(s).dtype
+
+    def check(self, s: Run, bench: Bench) -> None:
+        bench.data(self.dataset(s))
+
+    def command(self, s: Run, device: str = "cpu") -> str:
+        if s.run is None:
+            return super().command(s, device)
+        place = " --data-dir DIR" if self.dataset(s) not in WITH_THE_PACKAGE else ""
+        here = f"minihyperflows study {self.name} --run RUN --sample {s.sample}{place} --out FILE"
+        return f"{RunFolder(s.run).read_summary()['command']} --out RUN; {here}"
+
+    def run(self, s: Run, bench: Bench) -> Tables:
+        data = bench.data(self.dataset(s))
+        if s.run is not None:
+            finished = from_folder(s.run, data)
+        else:
+            finished = train_under_pressure(self.recipe(s), data, s.seed, bench.tick)
+        row, epochs, distribution = measure(finished, data, s.sample)
+        return [epochs, distribution, [row]]
+
+
+STUDY = Equilibrium()
 
 if __name__ == "__main__":
-    main()
+    words = sys.argv[1:]
+    if words and not words[0].startswith("-"):  # the recipe had no option in the past
+        words.insert(0, "--recipe")
+    main(STUDY, words, listed=True)

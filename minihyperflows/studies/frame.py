@@ -149,7 +149,7 @@ class Study(Generic[S]):
         raise NotImplementedError
 
     def order(self, row: Row) -> Any:
-        """By what the tables are sorted; the same for all rows: they stay as they come."""
+        """By what joined tables are sorted; the same for all rows: they stay as they come."""
         return 0
 
     def report(self, rows: Sequence[Row]) -> str:
@@ -282,12 +282,12 @@ def parse(study: Study[Any], words: Sequence[str]) -> tuple[argparse.Namespace, 
         UserError: something is wrong with them, or they ask for none.
     """
     options = parser_of(study).parse_args(words)
-    chosen = {}
+    chosen: dict[str, Any] = {}
     for name, option in options_of(study.Setting).items():
         given = getattr(options, name)
-        chosen[name] = option.defaults if given is None else given
-        if given is not None and not option.several:
-            chosen[name] = (given,)
+        chosen[name] = option.defaults if given is None else (given,)
+        if given is not None and option.several:  # a word may be a range of values
+            chosen[name] = [v for w in given for v in (w if isinstance(w, tuple) else (w,))]
     if getattr(options, "seeds", None):
         if options.seed is not None:
             raise UserError("--seeds K are seeds 0 to K - 1, --seed N are certain ones: give one")
@@ -331,9 +331,8 @@ def carry_out(study: Study[S], options: argparse.Namespace, settings: Sequence[S
     Returns all rows of the main table.
     """
     with writing(options.out):
-        record = Record(
-            options.out, study.parts, study.key_of, study.columns, study.digits, study.order
-        )
+        order = study.order if options.join else None
+        record = Record(options.out, study.parts, study.key_of, study.columns, study.digits, order)
         if options.join:
             record.join(*options.join)
             return record.tables[-1]

@@ -55,6 +55,21 @@ def parse_fraction(text: str, whole: bool = False) -> float:
     return value
 
 
+def parse_scale(text: str) -> float:
+    """The type of an option that is a factor: a number above 0, at most a thousand.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1000:
+        raise UserError(f"{text!r} is not a factor: write a number above 0, at most 1000")
+    return value
+
+
 # -- fields --------------------------------------------------------------------------------------
 
 

@@ -8,34 +8,28 @@ for a present weight the damage of removing it, for a removed one the gain of br
 as a command, this module prunes LeNet-300 and at several moments correlates the worth of sampled
 weights with the estimates of it, per layer, for present and for removed weights::
 
-    python -m minihyperflows.studies.removal --data-dir DIR --out removal-lenet.csv
-
-A seed that is in the table already is not measured again.
+    minihyperflows study removal --data-dir DIR --out removal-lenet.csv
 """
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import math
-import shlex
-import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from minihyperflows.analysis import Probe, dominance, interval, spearman, worths
-from minihyperflows.data.datasets import Dataset, load, normalise
+from minihyperflows.analysis.summaries import means
+from minihyperflows.data.datasets import Dataset, normalise
 from minihyperflows.flows.gates import KAPPA, gated_layers
 from minihyperflows.flows.stages import DENSE, PRUNING
-from minihyperflows.lab.console import Parser
 from minihyperflows.lab.recipes import RECIPES, Recipe, find
-from minihyperflows.lab.records import adds_to_table, records_so_far, write_records
-from minihyperflows.lab.runs import provenance
+from minihyperflows.lab.records import Row
 from minihyperflows.lab.training import EpochRecord, Trainer, build_network
-from minihyperflows.studies.command import reporting
+from minihyperflows.studies.frame import Bench, Study, Tables, main
+from minihyperflows.studies.options import choice, one, parse_count, parse_scale, seeds
 
 LAYERS = ("fc1", "fc2", "fc3")
 DENSITIES = (0.5, 0.2, 0.05)  # moments: the first epochs to end at or below these, and the last
@@ -183,7 +177,7 @@ def study(
     images: int = 3000,
     sample: int = 300,
     densities: Sequence[float] = DENSITIES,
-    progress: tqdm | None = None,
+    tick: Callable[[], Any] = lambda: None,
 ) -> Iterator[dict[str, Any]]:
     """Prune with ``seed``, and measure at the end of the dense stage, when the density has come
     down to each of ``densities``, and at the end of the pruning stage."""
@@ -196,8 +190,7 @@ def study(
     last = recipe.dense.epochs + recipe.timeline.pruning
     while trainer.epoch < last:
         record = trainer.run_epoch()
-        if progress is not None:
-            progress.update()
+        tick()
         moment = None
         if record.epoch == recipe.dense.epochs:
             moment = DENSE
@@ -207,56 +200,51 @@ def study(
             moment = f"{waiting[0]:g}"
             waiting = [d for d in waiting if d < record.density]
         if moment:
-            head = {"seed": seed, "moment": moment, "epoch": record.epoch}
+            head = {"moment": moment, "epoch": record.epoch}
             head |= {"density": record.density, "test_accuracy": record.test_accuracy}
             for row in measure(trainer, sample, draw):
                 yield head | row
 
 
-@reporting()
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; see the module's text."""
-    parser = Parser(prog="python -m minihyperflows.studies.removal")
-    parser.add_argument("--recipe", default="lenet300-mnist", choices=sorted(RECIPES))
-    parser.add_argument("--data-dir")
-    parser.add_argument("--epochs-scale", type=float, default=0.5)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=3000)
-    parser.add_argument("--sample", type=int, default=300, help="weights per layer and state")
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args(arguments)
-    run_study(options, _command(sys.argv[1:] if arguments is None else arguments))
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run, and how closely it is looked at."""
+
+    recipe: str = choice(*sorted(RECIPES), default=["lenet300-mnist"])
+    epochs_scale: float = one(parse_scale, 0.5, identity=False)
+    images: int = one(parse_count, 3000, identity=False)
+    sample: int = one(parse_count, 300, identity=False, help="weights per layer and state")
+    seed: int = seeds(3)
 
 
-@adds_to_table
-def run_study(options: argparse.Namespace, command: str) -> None:
-    """Do the runs of the seeds that have no rows in the table yet."""
-    recipe = find(options.recipe).scaled(options.epochs_scale)
-    data = load(recipe.dataset, options.data_dir)
-    rows = records_so_far(options.out, ("seed", "moment", "layer", "estimate"))
-    done = {row["seed"] for row in rows}
-    missing = [seed for seed in range(options.seeds) if seed not in done]
-    epochs = recipe.dense.epochs + recipe.timeline.pruning
-    with tqdm(total=len(missing) * epochs, unit="epoch") as progress:
-        for seed in missing:
-            measured = study(recipe, data, seed, options.images, options.sample, progress=progress)
-            new = list(measured)
-            source = {"recipe": recipe.name, "dataset": recipe.dataset}
-            source |= provenance(f"{recipe.dtype}, measured in float64", command)
-            rows += [row | source for row in new]
-            write_records(options.out, rows, digits=6)
+class Removal(Study[Run]):
+    """What a single weight is worth, exactly, and what its gate reports of it."""
+
+    name, Setting = "removal", Run
+    digits = 6
+
+    def recipe(self, s: Run) -> Recipe:
+        return find(s.recipe).scaled(s.epochs_scale)
+
+    def dataset(self, s: Run) -> str:
+        return self.recipe(s).dataset
+
+    def dtype(self, s: Run) -> str:
+        return f"{self.recipe(s).dtype}, measured in float64"
+
+    def check(self, s: Run, bench: Bench) -> None:
+        bench.data(self.dataset(s))
+
+    def run(self, s: Run, bench: Bench) -> Tables:
+        data = bench.data(self.dataset(s))
+        found = study(self.recipe(s), data, s.seed, s.images, s.sample, tick=bench.tick)
+        return [[row | {"dataset": data.name} for row in found]]
+
+    def report(self, rows: Sequence[Row]) -> str:
+        return means(rows, ("moment", "layer", "state", "estimate"), ("rho", "same_sign"))
 
 
-def _command(arguments: Sequence[str]) -> str:
-    """The command without the places of data and output, which differ from machine to machine."""
-    kept, skip = [], False
-    for word in arguments:
-        if not skip and word not in ("--data-dir", "--out"):
-            kept.append(word)
-        skip = word in ("--data-dir", "--out")
-    words = ["python", "-m", "minihyperflows.studies.removal", *kept]
-    return f"{shlex.join(words)} --data-dir DIR --out FILE"
-
+STUDY = Removal()
 
 if __name__ == "__main__":
-    main()
+    main(STUDY)

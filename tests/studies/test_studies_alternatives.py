@@ -10,7 +10,7 @@ import pytest
 from minihyperflows import analysis, lab
 from minihyperflows.flows import PressureScheduler
 from minihyperflows.lab.records import read_records
-from minihyperflows.studies import alternatives
+from minihyperflows.studies import alternatives, frame
 from minihyperflows.studies.alternatives import (
     METHODS,
     RECIPES,
@@ -30,7 +30,8 @@ def short_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def study(out: Path, *words: str) -> list[dict]:
-    alternatives.main(["--recipe", "lenet300-digits", "--out", str(out), *words])
+    words = "--recipe", "lenet300-digits", "--out", str(out), *words
+    frame.main(alternatives.STUDY, words, listed=True)
     return read_records(out)
 
 
@@ -49,7 +50,7 @@ def test_every_method_reaches_exactly_the_sparsity(tmp_path: Path) -> None:
         assert row["dense_epochs"] + row["epochs"] == 5
         assert row["dense_epochs"] == (0 if row["method"] == "rigl" else 1)
         assert {"commit", "date", "device", "dtype", "numpy"} <= row.keys()
-        assert f"--methods {row['method']} " in row["command"]
+        assert f"--method {row['method']} " in row["command"]
     assert len({row["dense_accuracy"] for row in rows}) == 1  # one dense network
     by_method = {row["method"]: row for row in rows}
     assert by_method["random"]["test_accuracy"] < by_method["gradual"]["test_accuracy"]

@@ -12,17 +12,19 @@ from support import RESULTS
 from minihyperflows import studies
 from minihyperflows.errors import UserError
 from minihyperflows.lab.records import read_records, write_records
+from minihyperflows.studies import frame
 from minihyperflows.studies.command import DIGITS, parse_fraction, parse_seed, reporting
 
-COMMANDS = [
-    name
+MODULES = {
+    name: importlib.import_module(f"{studies.__name__}.{name}")
     for _, name, _ in pkgutil.iter_modules(studies.__path__)
-    if hasattr(importlib.import_module(f"{studies.__name__}.{name}"), "reporting")
-    and name != "command"
-]
+}
+FRAMED = [name for name, module in MODULES.items() if hasattr(module, "STUDY")]
+OTHERS = [n for n, module in MODULES.items() if hasattr(module, "reporting") and n != "command"]
+COMMANDS = [*FRAMED, *OTHERS]
 DIGITS_ONLY = {  # the words with which a study needs no other data set
     "alternatives": ["--recipe", "lenet300-digits"],
-    "equilibrium": ["lenet300-digits-gamma"],
+    "equilibrium": ["--recipe", "lenet300-digits-gamma"],
     "regrowth": ["--dataset", "digits"],
     "removal": ["--recipe", "lenet300-digits"],
 }
@@ -30,7 +32,11 @@ CONTINUED = [name for name in COMMANDS if name not in ("convergence", "inside")]
 
 
 def main_of(study: str):
-    return importlib.import_module(f"{studies.__name__}.{study}").main
+    """What ``python -m minihyperflows.studies.NAME`` does with its words."""
+    module = MODULES[study]
+    if study in FRAMED:
+        return lambda words: frame.main(module.STUDY, words, listed=True)
+    return module.main
 
 
 @pytest.mark.parametrize(
@@ -92,10 +98,10 @@ def test_every_study_checks_its_seeds(name: str, tmp_path: Path, capsys) -> None
     with pytest.raises(SystemExit) as end:
         main_of(name)([*DIGITS_ONLY.get(name, ()), "--seeds", "-1", "--out", str(tmp_path / "a")])
     assert end.value.code == 2
-    assert capsys.readouterr().err.startswith("error: '-1' is not a seed")
+    assert "error: '-1' is not a seed" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", OTHERS)
 def test_every_study_reports_so(name: str) -> None:
     assert main_of(name).__code__ is reporting()(lambda: None).__code__
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from minihyperflows import lab
 from minihyperflows.lab.records import read_records
-from minihyperflows.studies import equilibrium
-from minihyperflows.studies.equilibrium import main
+from minihyperflows.studies import equilibrium, frame
 
+main = partial(frame.main, equilibrium.STUDY)
 RECIPE = "lenet300-digits-gamma"
 
 
@@ -19,14 +20,17 @@ def test_study_writes_its_tables_and_does_not_repeat_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "record.csv"
-    command = [RECIPE, "--epochs", "3", "--gammas", "1,64", "--sample", "5", "--out", str(out)]
+    command = ["--recipe", RECIPE, "--epochs", "3", "--gammas", "1,64", "--sample", "5"]
+    command += ["--out", str(out)]
     main(command)
     runs = read_records(out)
     assert [(r["gamma"], r["seed"], r["epochs"]) for r in runs] == [(1, 0, 3), (64, 0, 3)]
     for row in runs:
         assert 0 <= row["presence"] <= row["above"] <= 1
         assert 0 < row["density"] < 1
-        assert row["command"].startswith(f"python -m {equilibrium.MODULE} {RECIPE} --gammas")
+        assert row["command"].startswith(
+            f"minihyperflows study equilibrium --recipe {RECIPE} --gamma"
+        )
     epochs = read_records(tmp_path / "record-epochs.csv")
     assert [r["epoch"] for r in epochs] == [1, 2, 3] * 2
     assert epochs[2]["density"] == runs[0]["density"]

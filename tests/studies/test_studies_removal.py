@@ -9,7 +9,7 @@ import pytest
 
 from minihyperflows import lab
 from minihyperflows.lab.records import read_records
-from minihyperflows.studies import removal
+from minihyperflows.studies import frame, removal
 
 # -- the study -------------------------------------------------------------------------------------
 
@@ -23,17 +23,17 @@ def arguments(out: Path, seeds: int) -> list[str]:
 @pytest.mark.slow
 def test_the_command_leaves_a_table_and_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "removal.csv"
-    removal.main(arguments(out, 1))
+    frame.command(removal.STUDY, arguments(out, 1))
     first = read_records(out)
     assert {row["moment"] for row in first} >= {"dense", "end"}
     assert {row["state"] for row in first} == {"present", "removed", "both"}
     for row in first:
         assert -1 <= row["low"] <= row["rho"] <= row["high"] <= 1
-        assert row["command"].endswith("--data-dir DIR --out FILE")
+        assert row["command"].endswith("--sample 30 --seed 0 --out FILE")
         assert str(tmp_path) not in row["command"]
     both = [r for r in first if r["estimate"] == "both" and r["state"] == "present"]
     assert min(row["rho"] for row in both) > 0.8
-    removal.main(arguments(out, 2))
+    frame.command(removal.STUDY, arguments(out, 2))
     second = read_records(out)
     assert [str(row) for row in second[: len(first)]] == [str(row) for row in first]
     assert {row["seed"] for row in second} == {0, 1}
