@@ -66,7 +66,7 @@ class Bench:
 
     Attributes:
         data_dir, device: as on the command line.
-        folder: where the table is, for checkpoints beside it.
+        out: the table, for what is to be beside it.
         rows: of the runs that are done, for a run that builds on another.
         tick: to be called after each epoch.
     """
@@ -75,7 +75,7 @@ class Bench:
         self,
         data_dir: Path | None = None,
         device: str = "cpu",
-        out: Path | None = None,
+        out: Path = Path("study.csv"),
         rows: Sequence[Row] = (),
         tick: Callable[[], Any] = lambda: None,
     ) -> None:
@@ -132,6 +132,9 @@ class Study(Generic[S]):
     def check(self, s: S, bench: Bench) -> None:
         """Raise UserError if it cannot be done. Called for all settings before any is done."""
 
+    def recorded(self, s: S, out: Path) -> None:
+        """Its rows are in the table ``out`` now."""
+
     def shares(self, s: S) -> Hashable:
         """Settings with an equal value have things in common, and are done by one process."""
         return s
@@ -170,13 +173,20 @@ class Study(Generic[S]):
 
     def key(self, s: S) -> tuple[Any, ...]:
         """What tells the setting from all others, as it stands in a table."""
-        return tuple(_cell(getattr(s, name)) for name in self.identity)
+        return tuple(self._cell(getattr(s, name)) for name in self.identity)
 
     def key_of(self, row: Row) -> tuple[Any, ...]:
         """:meth:`key` of the setting that a row belongs to."""
-        return tuple(
-            row[name] if name in row else _cell(self.added(row, name)) for name in self.identity
-        )
+        cells = (row[name] if name in row else self.added(row, name) for name in self.identity)
+        return tuple(map(self._cell, cells))
+
+    def _cell(self, value: Any) -> Any:
+        """As it comes back from a table."""
+        if isinstance(value, tuple):
+            value = value_of(text_of(value))
+        if isinstance(value, float) and self.digits:
+            value = float(f"{value:.{self.digits}g}")
+        return "" if value is None else value
 
     def command(self, s: S, device: str = "cpu") -> str:
         """What repeats a run: the inverse of :func:`parser_of`."""
@@ -198,13 +208,6 @@ class Study(Generic[S]):
         tables.append([head | row | source for row in rows])
         bench.rows += tables[-1]
         return plain(tables)
-
-
-def _cell(value: Any) -> Any:
-    """As it comes back from a table."""
-    if isinstance(value, tuple):
-        return value_of(text_of(value))
-    return "" if value is None else value
 
 
 # -- the command ---------------------------------------------------------------------------------
@@ -356,6 +359,7 @@ def _one_by_one(
         bar.set_description(_label(study, s))
         bench.tick = partial(_show_epoch, bar, itertools.count(1))
         record.add(*study.tables(s, bench))
+        study.recorded(s, bench.out)
         bar.update()
 
 
@@ -427,8 +431,10 @@ def _in_parallel(study: Study[S], pool: Any, jobs: list[Job], record: Record, ba
             if event.kind in (Kind.ROWS, Kind.FINISHED):
                 for tables in json.loads(event.reason):
                     if (key := study.key_of(tables[-1][0])) not in record.done:
-                        job.settings = [s for s in job.settings if study.key(s) != key]
                         record.add(*tables)
+                        (done,) = (s for s in job.settings if study.key(s) == key)
+                        job.settings.remove(done)
+                        study.recorded(done, job.out)
                         bar.update()
             elif event.kind is Kind.FAILED:
                 failures.append(f"{_label(study, job.settings[0])}: {event.reason}")

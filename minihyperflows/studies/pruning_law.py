@@ -1,6 +1,6 @@
 """The neural pruning law: the smallest saliency that survives, against the density (chapter 10).
 
-    python -m minihyperflows.studies.pruning_law --recipe lenet300-digits --out FILE
+    minihyperflows study pruning_law --recipe lenet300-digits --out FILE
 
 Five ways of pruning, each from the same dense network (for the same seed) and with the same loss,
 optimiser and learning rate:
@@ -30,52 +30,44 @@ training; ``test_accuracy``: after it, or at the end of the level.
 ``train_loss``: mean over the step's batches, or over the last epoch of the level.
 ``sparsest_layer``, ``sparsest_density``: where the smallest fraction of the weights is left.
 
-The file is the state: runs that have their rows are not repeated, and an unfinished run goes on
-from a checkpoint beside the file.
+An unfinished run goes on from a checkpoint beside the file.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import shlex
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from minihyperflows import flows
 from minihyperflows import functional as F
-from minihyperflows.data.datasets import Dataset, load
+from minihyperflows.analysis.summaries import means
+from minihyperflows.data.datasets import Dataset
 from minihyperflows.engine import Tensor
 from minihyperflows.errors import UserError
 from minihyperflows.flows.gates import gated_layers, is_present
 from minihyperflows.flows.stages import PRUNING
 from minihyperflows.lab.checkpoint import load_checkpoint, save_checkpoint
-from minihyperflows.lab.console import Parser
 from minihyperflows.lab.recipes import Recipe, find
-from minihyperflows.lab.records import adds_to_table, join_records, records_so_far, write_records
-from minihyperflows.lab.runs import provenance
+from minihyperflows.lab.records import Row
 from minihyperflows.lab.sweep import parse_gammas
 from minihyperflows.lab.training import Trainer, build_network, evaluate
 from minihyperflows.nn import Module
 from minihyperflows.nn.counting import kept_weights
-from minihyperflows.studies.command import parse_seed, reporting
+from minihyperflows.studies.frame import Bench, Study, Tables, main
+from minihyperflows.studies.options import choice, one, parse_count, seeds
 
 UNTRAINED = "magnitude-untrained"
 ITERATIVE = ("magnitude", UNTRAINED, "taylor", "taylor-batches")
 METHODS = (*ITERATIVE, "pressure")
-RECORD = ("command", "recipe", "method", "seed", "step")  # columns; the first identifies a run
 SHARE = 0.1  # of the remaining weights that a step removes
 TAYLOR_BATCHES = 40
 SAVE_EVERY = 60.0  # seconds between checkpoints
-MODULE = "minihyperflows.studies.pruning_law"
-
-Row: TypeAlias = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -375,115 +367,91 @@ def _counted(row: Row, weights: int) -> Row:
     return {name: row.get(name, "") for name in COLUMNS}
 
 
-# -- the command ---------------------------------------------------------------------------------
+# -- the study -----------------------------------------------------------------------------------
 
 
-@adds_to_table
-def study(
-    out: Path,
-    setting: Setting,
-    methods: Sequence[str] = METHODS,
-    seeds: Sequence[int] = (0,),
-    data_dir: Path | None = None,
-    progress: bool = True,
-) -> list[Row]:
-    """Do the runs that have no rows in ``out`` yet; returns all rows."""
-    rows = records_so_far(out, RECORD)
-    finished = {_identity(row) for row in rows}
-    data: Dataset | None = None
-    for seed in seeds:
-        for method in methods:
-            command = _command(setting, method, seed)
-            if _identity({"command": command}) in finished:
-                continue
-            data = data or load(setting.recipe.dataset, data_dir)
-            recipe = setting.timed(method)
-            checkpoint = out.with_name(f"{out.stem}-{method}-{seed}.safetensors")
-            bar = tqdm(total=recipe.timeline.epochs, unit="epoch", disable=not progress)
-            with bar:
-                bar.set_description(f"{method} {seed}")
-                new = run(setting, method, data, seed, checkpoint, _Meter(bar))
-            source = provenance(recipe.dtype, command)
-            rows += [row | source for row in new]
-            write_records(out, rows, digits=6)
-            checkpoint.unlink(missing_ok=True)
-    return rows
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What tells a run from all others; None: not for this method, or as the recipe has it."""
+
+    recipe: str = choice(*SETTINGS, default=["lenet300-digits"])
+    method: str = choice(*METHODS, others=("--methods",))
+    dense_epochs: int | None = one(parse_count, help="default: the recipe's")
+    steps: int | None = one(parse_count, help="of iterative pruning")
+    batches: int | None = one(parse_count, help="of training in a step")
+    gammas: Any = one(parse_gammas, help="levels of the staircase, as for minihyperflows sweep")
+    epochs_per_level: int | None = one(parse_count, help="an even number")
+    seed: int = seeds(1)
 
 
-class _Meter:
-    """Moves a progress bar to a given epoch."""
-
-    def __init__(self, bar: tqdm) -> None:
-        self.bar = bar
-
-    def __call__(self, epoch: int) -> None:
-        self.bar.update(epoch - self.bar.n)
+ITERATIVE_ONLY, STAIRS_ONLY = ("steps", "batches"), ("gammas", "epochs_per_level")
 
 
-def _command(setting: Setting, method: str, seed: int) -> str:
-    """What repeats one run."""
-    words = ["--recipe", setting.recipe.name, "--methods", method, "--seeds", str(seed)]
-    words += ["--dense-epochs", str(setting.recipe.dense.epochs)]
-    if method == "pressure":
-        gammas = ",".join(f"{gamma:g}" for gamma in setting.gammas)
-        words += ["--gammas", gammas, "--epochs-per-level", str(setting.epochs_per_level)]
-    else:
-        words += ["--steps", str(setting.steps), "--batches", str(setting.batches)]
-    return shlex.join(["python", "-m", MODULE, *words]) + " --data-dir DIR --out FILE"
+def setting_of(run: Run) -> Setting:
+    """How long its parts are.
 
-
-def _identity(row: Row) -> str:
-    """What identifies a run: the options of its command. The module has had other names."""
-    return str(row["command"]).partition(" --")[2]
-
-
-@adds_to_table
-def join(files: Sequence[Path], out: Path) -> None:
-    """Add the rows of several files to ``out``, each run once."""
-    rows = join_records(out, files, _identity, RECORD)
-    order = {method: number for number, method in enumerate(METHODS)}
-    rows.sort(key=lambda row: (row["recipe"], order[row["method"]], row["seed"], row["step"]))
-    write_records(out, rows, digits=6)
-
-
-@reporting()
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; see the module's text."""
-    parser = Parser(prog=f"python -m {MODULE}", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--recipe", choices=tuple(SETTINGS), default="lenet300-digits")
-    parser.add_argument("--methods", "--method", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--seeds", type=parse_seed, nargs="+", default=[0])
-    parser.add_argument("--dense-epochs", type=int, help="default: the recipe's")
-    parser.add_argument("--steps", type=int, help="of iterative pruning")
-    parser.add_argument("--batches", type=int, help="of training in a step")
-    parser.add_argument("--gammas", help="levels of the staircase, as for minihyperflows sweep")
-    parser.add_argument("--epochs-per-level", type=int, help="an even number")
-    parser.add_argument("--data-dir", type=Path, help="where MNIST or CIFAR lie")
-    parser.add_argument("--join", type=Path, nargs="+", metavar="FILE", help="only add their runs")
-    parser.add_argument("--out", type=Path, required=True, help="the CSV file, continued if there")
-    options = parser.parse_args(arguments)
-    if options.join:
-        join(options.join, options.out)
-    else:
-        study(options.out, _setting(options), options.methods, options.seeds, options.data_dir)
-
-
-def _setting(options: argparse.Namespace) -> Setting:
-    """The recipe's setting with what the command line says."""
-    setting = SETTINGS[options.recipe]
-    changes = {
-        name: value
-        for name in ("steps", "batches", "epochs_per_level")
-        if (value := getattr(options, name)) is not None
-    }
-    if options.gammas is not None:
-        changes["gammas"] = parse_gammas(options.gammas)
-    if options.dense_epochs is not None:
-        if options.dense_epochs < 1:
-            raise UserError("pruning starts from a trained network: --dense-epochs 1 or more")
-        changes["recipe"] = setting.recipe.with_fields({"dense.epochs": options.dense_epochs})
+    Raises:
+        UserError: something is impossible.
+    """
+    setting = SETTINGS[run.recipe]
+    given = {name: getattr(run, name) for name in (*ITERATIVE_ONLY, *STAIRS_ONLY)}
+    changes = {name: value for name, value in given.items() if value is not None}
+    if run.dense_epochs is not None:
+        changes["recipe"] = setting.recipe.with_fields({"dense.epochs": run.dense_epochs})
     return dataclasses.replace(setting, **changes)
 
 
+class PruningLaw(Study[Run]):
+    """The neural pruning law: the smallest saliency that survives, against the density."""
+
+    name, Setting, digits = "pruning_law", Run, 6
+    later = ("dense_epochs", *ITERATIVE_ONLY, *STAIRS_ONLY)
+
+    def plan(self, chosen: dict[str, tuple[Any, ...]]) -> Iterable[Run]:
+        return [self._whole(run) for run in super().plan(chosen)]
+
+    def _whole(self, run: Run) -> Run:
+        """With everything that matters to its method, and nothing else."""
+        setting = setting_of(run)
+        own, other = ITERATIVE_ONLY, STAIRS_ONLY
+        if run.method == "pressure":
+            own, other = other, own
+        fields = {name: getattr(setting, name) for name in own} | dict.fromkeys(other)
+        return dataclasses.replace(run, dense_epochs=setting.recipe.dense.epochs, **fields)
+
+    def added(self, row: Row, column: str) -> Any:
+        """Records of the past are of the recipes' own lengths."""
+        run = Run(row["recipe"], row["method"], None, None, None, None, None, row["seed"])
+        return getattr(self._whole(run), column)
+
+    def dataset(self, s: Run) -> str:
+        return SETTINGS[s.recipe].recipe.dataset
+
+    def dtype(self, s: Run) -> str:
+        return SETTINGS[s.recipe].recipe.dtype
+
+    def check(self, s: Run, bench: Bench) -> None:
+        bench.data(self.dataset(s))
+
+    def run(self, s: Run, bench: Bench) -> Tables:
+        data, file = bench.data(self.dataset(s)), self.checkpoint(s, bench.out)
+        return [run(setting_of(s), s.method, data, s.seed, file, lambda epoch: bench.tick())]
+
+    def checkpoint(self, s: Run, out: Path) -> Path:
+        """The state of an unfinished run."""
+        return out.with_name(f"{out.stem}-{s.recipe}-{s.method}-{s.seed}.safetensors")
+
+    def recorded(self, s: Run, out: Path) -> None:
+        self.checkpoint(s, out).unlink(missing_ok=True)
+
+    def order(self, row: Row) -> Any:
+        return row["recipe"], METHODS.index(row["method"]), row["seed"], row["step"]
+
+    def report(self, rows: Sequence[Row]) -> str:
+        return means(rows, ("recipe", "method", "step"), ("density", "saliency", "test_accuracy"))
+
+
+STUDY = PruningLaw()
+
 if __name__ == "__main__":
-    main()
+    main(STUDY, listed=True)

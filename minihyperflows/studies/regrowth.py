@@ -1,6 +1,6 @@
 """Who comes back when the pressure ends? LeNet-300 pruned in several ways, then left alone.
 
-    python -m minihyperflows.studies.regrowth --data-dir DIR --out FILE
+    minihyperflows study regrowth --data-dir DIR --out FILE
 
 After the authors' ablations of regrowth (chapter 09): SGD with momentum on the weights, so that the
 learning rate times the weight decay shrinks a removed weight, and Adam on t. All variants of a seed
@@ -18,41 +18,32 @@ should be by the second (:func:`decayed`), and ``without_velocity``, the same fo
 at rest: the mean of |w| exp(-sum of lr decay / (1 - momentum)); ``flux``, the mean of |flux| over
 the training set, at a fixed network. (A row's ages, but for the first three, are those of the
 pruning stage and so the same for all its scales.)
-
-The files are the state: a variant of a seed that is in them is not repeated. With ``--join`` the
-rows of files made by other processes are taken over first.
 """
 
 from __future__ import annotations
 
-import argparse
-import shlex
+import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from minihyperflows import flows
 from minihyperflows.analysis import decayed, supports, travel
-from minihyperflows.data.datasets import Dataset, load
+from minihyperflows.analysis.summaries import means
+from minihyperflows.data.datasets import Dataset
 from minihyperflows.flows.gates import gated_layers, is_present
-from minihyperflows.lab.console import Parser
 from minihyperflows.lab.recipes import Recipe, find
-from minihyperflows.lab.records import Record, adds_to_table
-from minihyperflows.lab.runs import provenance
+from minihyperflows.lab.records import Row
 from minihyperflows.lab.training import EpochRecord, Trainer, build_network
 from minihyperflows.nn import Parameter
-from minihyperflows.studies.command import parse_seed, reporting
-from minihyperflows.studies.targets import State
+from minihyperflows.studies.frame import Bench, Study, Tables, main
+from minihyperflows.studies.options import choice, seeds
+from minihyperflows.studies.trainers import State, run_until, state_of
 
-MODULE = "minihyperflows.studies.regrowth"
-SEEDS = (0, 1, 2)
 SCALE = 10.0  # of the learning rate of t in regrowth, where it is not what varies
 SCALES = (1.0, 3.0, 10.0, 20.0, 50.0)
 NEVER = -1  # the step in which a weight left that has not left
-Row: TypeAlias = dict[str, Any]
 
 # The learning rates of the weights are five times the authors', except the very high one (theirs
 # times five is 0.5, at which this network, without batch norm, does not train). Their pruning stage
@@ -185,21 +176,6 @@ def new_trainer(settings: Recipe, data: Dataset, seed: int) -> RemovalTrainer:
     """A run at its beginning."""
     rng = np.random.default_rng(seed)
     return RemovalTrainer(build_network(settings, data, rng), data, settings, rng)
-
-
-def state_of(trainer: Trainer) -> State:
-    """A copy of everything that the next epoch depends on."""
-    arrays, values = trainer.state_dict()
-    return {name: array.copy() for name, array in arrays.items()}, values
-
-
-def run_until(trainer: Trainer, epoch: int, observe: Callable[[], Any]) -> list[EpochRecord]:
-    """Train until this many epochs are finished; ``observe`` is called after each."""
-    records = []
-    while trainer.epoch < epoch:
-        records.append(trainer.run_epoch())
-        observe()
-    return records
 
 
 def train_dense(
@@ -369,8 +345,8 @@ def measure(
     data: Dataset,
     seed: int,
     observe: Callable[[], Any] = lambda: None,
-) -> tuple[list[Row], list[Row], list[Row]]:
-    """Prune one way and regrow at every scale: the new rows of the three tables."""
+) -> Tables:
+    """Prune one way and regrow at every scale: new rows of the epochs, the ages and the runs."""
     key = {"dataset": dataset, "variant": variant, "seed": seed}
     pruned = Pruned(variant, dataset, data, dense[0], seed, observe)
     epochs = [key | {"scale": ""} | row for row in epoch_rows(pruned.records, 1)]
@@ -380,76 +356,57 @@ def measure(
         first = len(pruned.records) + 1
         epochs += [key | {"scale": scale} | row for row in epoch_rows(records, first)]
         ages += [key | row for row in age_rows(pruned, after)]
-        row = key | run_row(pruned, dense[1], records, after)
-        runs.append(row | _provenance(variant, dataset, seed, pruned.settings.dtype))
-    return runs, epochs, ages
-
-
-def _provenance(variant: str, dataset: str, seed: int, dtype: str) -> Row:
-    """Where a row comes from; the command repeats it (with --data-dir where needed)."""
-    words = ["--dataset", dataset, "--variants", variant, "--seeds", str(seed), "--out", "FILE"]
-    return provenance(dtype, shlex.join(["python", "-m", MODULE, *words]))
+        runs.append(key | run_row(pruned, dense[1], records, after))
+    return [epochs, ages, runs]
 
 
 # -- the study -----------------------------------------------------------------------------------
 
-COLUMNS = ("dataset", "variant", "seed", "scale")
 
-
-def _identity(row: Row) -> tuple[Any, ...]:
+@dataclasses.dataclass(frozen=True)
+class Run:
     """A variant of a seed, at all its scales."""
-    return row["dataset"], row["variant"], row["seed"]
+
+    dataset: str = choice(*_DATASETS, default=["mnist"])
+    variant: str = choice(*VARIANTS, others=("--variants",))
+    seed: int = seeds(3)
 
 
-def _order(row: Row) -> tuple[Any, ...]:
-    scale = row["scale"]
-    return row["dataset"], list(VARIANTS).index(row["variant"]), row["seed"], scale or 0.0
+class Regrowth(Study[Run]):
+    """Who comes back when the pressure ends? LeNet-300 pruned in several ways, then left alone."""
+
+    name, Setting, parts = "regrowth", Run, ("epochs", "ages")
+
+    def shares(self, s: Run) -> tuple[str, int]:
+        return s.dataset, s.seed
+
+    def dataset(self, s: Run) -> str:
+        return s.dataset
+
+    def check(self, s: Run, bench: Bench) -> None:
+        bench.data(s.dataset)
+
+    def run(self, s: Run, bench: Bench) -> Tables:
+        data = bench.data(s.dataset)
+        dense = bench.shared(
+            ("dense", s.dataset, s.seed), lambda: train_dense(s.dataset, data, s.seed, bench.tick)
+        )
+        return measure(dense, s.variant, s.dataset, data, s.seed, bench.tick)
+
+    def order(self, row: Row) -> Any:
+        return (
+            row["dataset"],
+            list(VARIANTS).index(row["variant"]),
+            row["seed"],
+            row["scale"] or 0.0,
+        )
+
+    def report(self, rows: Sequence[Row]) -> str:
+        shown = ("density_before", "ratio", "returned", "accuracy_before", "accuracy_after")
+        return means(rows, ("dataset", "variant", "scale"), shown)
 
 
-@reporting()
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = Parser(prog=f"python -m {MODULE}", description=__doc__)
-    parser.add_argument("--dataset", choices=tuple(_DATASETS), default="mnist")
-    parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=tuple(VARIANTS))
-    parser.add_argument("--seeds", type=parse_seed, nargs="+", default=SEEDS)
-    parser.add_argument("--join", type=Path, nargs="+", default=[], metavar="FILE")
-    parser.add_argument("--data-dir", help="where MNIST lies")
-    parser.add_argument("--out", type=Path, required=True, help="continued if it is there")
-    run_study(parser.parse_args(arguments))
-
-
-@adds_to_table
-def run_study(options: argparse.Namespace) -> None:
-    """Do the runs that are not in the tables yet, and take over those of other files."""
-    record = Record(options.out, ("epochs", "ages"), _identity, COLUMNS, order=_order)
-    for other in options.join:
-        record.join(other)
-    dataset = options.dataset
-    wanted = dict.fromkeys((v, s) for s in options.seeds for v in options.variants)
-    missing = [(v, s) for v, s in wanted if (dataset, v, s) not in record.done]
-    if not missing:
-        return
-    data, dense = load(dataset, options.data_dir), {}
-    with tqdm(total=_epochs(missing, dataset), unit="epoch", dynamic_ncols=True) as bar:
-        for variant, seed in missing:
-            if seed not in dense:
-                dense = {seed: train_dense(dataset, data, seed, bar.update)}
-            runs, *details = measure(dense[seed], variant, dataset, data, seed, bar.update)
-            record.add(*details, runs)
-            ratios = ", ".join(f"{row['ratio']:.2f}" for row in runs)
-            bar.write(f"{variant}, seed {seed}: density {runs[0]['density_before']:.3%} x {ratios}")
-
-
-def _epochs(missing: Sequence[tuple[str, int]], dataset: str) -> int:
-    """How many epochs these variants and seeds take, with the dense networks."""
-    settings = recipe("low", dataset=dataset)
-    stages = sum(
-        settings.pruning.epochs + len(scales(variant)) * settings.regrowth.epochs
-        for variant, _ in missing
-    )
-    return stages + len({seed for _, seed in missing}) * settings.dense.epochs
-
+STUDY = Regrowth()
 
 if __name__ == "__main__":
-    main()
+    main(STUDY, listed=True)

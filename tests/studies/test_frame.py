@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def test_all_combinations_seed_by_seed(out: Path) -> None:
     )
 )
 def test_a_command_is_the_inverse_of_the_options(setting: Toy) -> None:
-    words = STUDY.command(setting).split()
+    words = shlex.split(STUDY.command(setting))
     assert words[:3] == ["minihyperflows", "study", "toys"]
     assert frame.parse(STUDY, words[3:])[1] == [setting]
 
@@ -240,6 +241,8 @@ STUDIES = frame.studies()
 RECORDS = {
     "alternatives": ["alternatives"],
     "equilibrium": ["equilibrium"],
+    "pruning_law": ["pruning-law", "staircase-vgg"],
+    "regrowth": ["regrowth"],
     "removal": ["removal-lenet"],
     "targets": ["targets"],
 }  # by study, the committed tables
@@ -251,7 +254,7 @@ def test_every_command_of_a_row_asks_for_that_run(name: str) -> None:
     needed = ["--recipe", "lenet300-digits-gamma"] if name == "equilibrium" else []
     _, settings = frame.parse(study, [*needed, "--out", "x.csv"])
     for setting in settings:
-        words = study.command(setting).split()[3:]
+        words = shlex.split(study.command(setting))[3:]
         assert frame.parse(study, words)[1] == [setting]
         assert study.Setting.__dataclass_params__.frozen
     assert options_of(study.Setting).keys() >= set(study.identity)
@@ -272,9 +275,12 @@ def test_committed_records_are_continued(name: str, tmp_path: Path, monkeypatch)
         options = frame.parser_of(study).parse_args(["--out", str(out)])
         monkeypatch.setattr(study, "run", None)  # to be done again would fail
         assert without(frame.carry_out(study, options, settings)) == without(rows)
-        options = argparse.Namespace(**vars(options) | {"out": tmp_path / "joined.csv"})
+        options = argparse.Namespace(**vars(options) | {"out": tmp_path / f"{record}-too.csv"})
         options.join = [out]
         assert without(frame.carry_out(study, options, settings)) == without(rows)
+        for part in study.parts:
+            details = [tmp_path / f"{name}-{part}.csv" for name in (record, f"{record}-too")]
+            assert without(read_records(details[0])) == without(read_records(details[1]))
 
 
 def settings_of(study: frame.Study[Any], rows: list[dict[str, Any]]) -> list[Any]:

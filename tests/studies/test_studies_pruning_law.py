@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,8 +17,11 @@ from minihyperflows import Tensor, flows, lab, testing
 from minihyperflows import functional as F
 from minihyperflows.analysis import exponent
 from minihyperflows.flows.gates import gated_layers, is_present
-from minihyperflows.lab.records import read_records
+from minihyperflows.lab.records import Row, read_records
+from minihyperflows.studies import frame
 from minihyperflows.studies import pruning_law as law
+
+main = partial(frame.main, law.STUDY, listed=True)
 
 WEIGHTS = 50_200
 SHORT = dataclasses.replace(
@@ -36,7 +40,7 @@ def data() -> lab.Dataset:
 
 
 @pytest.fixture(scope="module")
-def rows(data: lab.Dataset) -> dict[str, list[law.Row]]:
+def rows(data: lab.Dataset) -> dict[str, list[Row]]:
     return {method: law.run(SHORT, method, data, seed=1) for method in law.METHODS}
 
 
@@ -106,7 +110,7 @@ def test_taylor_saliency_is_the_weight_times_the_gradient(data: lab.Dataset) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", law.ITERATIVE)
-def test_a_tenth_goes_in_each_step(rows: dict[str, list[law.Row]], method: str) -> None:
+def test_a_tenth_goes_in_each_step(rows: dict[str, list[Row]], method: str) -> None:
     for n, row in enumerate(rows[method], start=1):
         assert row["step"] == n
         assert row["remaining"] == int(0.9**n * WEIGHTS)
@@ -162,7 +166,7 @@ def test_the_mask_holds_while_training_goes_on(data: lab.Dataset) -> None:
 
 
 @pytest.mark.slow
-def test_the_density_comes_down_the_stairs(rows: dict[str, list[law.Row]]) -> None:
+def test_the_density_comes_down_the_stairs(rows: dict[str, list[Row]]) -> None:
     stairs = rows["pressure"]
     assert [row["gamma"] for row in stairs] == list(SHORT.gammas)
     densities = [1.0]
@@ -187,18 +191,18 @@ def command(out: Path, *words: str) -> list[str]:
 @pytest.mark.slow
 def test_the_command_leaves_a_table_and_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "law.csv"
-    law.main(command(out, "--methods", "magnitude"))
+    main(command(out, "--methods", "magnitude"))
     first = read_records(out)
     assert [row["step"] for row in first] == [1, 2, 3]
     assert {"commit", "date", "device", "dtype", "numpy"} <= first[0].keys()
     assert str(tmp_path) not in first[0]["command"]
-    law.main(command(out, "--methods", "magnitude", "pressure"))
+    main(command(out, "--methods", "magnitude", "pressure"))
     second = read_records(out)
     assert second[:3] == first
     assert [row["gamma"] for row in second[3:]] == [1, 8]
     other, joined = tmp_path / "other.csv", tmp_path / "joined.csv"
-    law.main(command(other, "--methods", "taylor"))
-    law.main(["--join", str(out), str(other), str(out), "--out", str(joined)])
+    main(command(other, "--methods", "taylor"))
+    main(["--join", str(out), str(other), str(out), "--out", str(joined)])
     methods = [row["method"] for row in read_records(joined)]
     assert methods == ["magnitude"] * 3 + ["taylor"] * 3 + ["pressure"] * 2
     assert sorted(file.name for file in tmp_path.iterdir()) == [
@@ -234,18 +238,18 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, data, rows, method: s
 def test_a_user_s_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["--epochs-per-level", "3"], ["--gammas", "2^x"], ["--dense-epochs", "0"]):
         with pytest.raises(SystemExit) as stopped:
-            law.main([*words, "--out", str(tmp_path / "law.csv")])
+            main([*words, "--out", str(tmp_path / "law.csv")])
         assert stopped.value.code == 2
         assert capsys.readouterr().err.count("\n") == 1
     with pytest.raises(SystemExit):
-        law.main(["--out", str(tmp_path / "nowhere" / "law.csv")])
+        main(["--out", str(tmp_path / "nowhere" / "law.csv")])
     assert "there is no folder" in capsys.readouterr().err
 
 
 # -- the fits --------------------------------------------------------------------------------------
 
 
-def points(alphas: dict[int, float]) -> list[law.Row]:
+def points(alphas: dict[int, float]) -> list[Row]:
     saliencies = 2.0 ** np.arange(-8, 5)
     return [
         {"seed": seed, "saliency": s, "density": 0.1 * s**-alpha}
@@ -273,7 +277,8 @@ def test_runs_of_the_committed_record_are_not_repeated(tmp_path: Path) -> None:
     out = tmp_path / "law.csv"
     shutil.copy(RESULTS / "pruning-law.csv", out)
     before = read_records(out)
-    rows = law.study(out, law.SETTINGS["lenet300-mnist"], methods=["magnitude"], seeds=[0, 1, 2])
+    words = ["--recipe", "lenet300-mnist", "--method", "magnitude", "--seeds", "3"]
+    rows = frame.carry_out(law.STUDY, *frame.parse(law.STUDY, [*words, "--out", str(out)]))
     assert rows == before
-    law.join([RESULTS / "pruning-law.csv"], out)
+    main(["--join", str(RESULTS / "pruning-law.csv"), "--out", str(out)])
     assert len(read_records(out)) == len(before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 from minihyperflows import flows, lab, nn, optim
 from minihyperflows.analysis import decayed, travel
 from minihyperflows.lab.records import read_records
-from minihyperflows.studies import regrowth
-from minihyperflows.studies.regrowth import Pruned, main
+from minihyperflows.studies import frame, regrowth
+from minihyperflows.studies.regrowth import Pruned
 
+main = partial(frame.main, regrowth.STUDY, listed=True)
 SHORT = {"dense.epochs": 1, "pruning.epochs": 4, "regrowth.epochs": 2}
 HASTE = {"pressure.step": 1.0, "presence.lr": 0.02}
 
@@ -155,7 +157,7 @@ def test_tables_are_joined_and_not_repeated(
     ]
     assert rows[:2] == read_records(one)
     assert rows[0]["density_before"] == rows[1]["density_before"]
-    assert rows[0]["command"].endswith("--variants 'high to low' --seeds 0 --out FILE")
+    assert rows[0]["command"].endswith("--variant 'high to low' --seed 0 --out FILE")
     assert {"commit", "date", "numpy"} <= rows[0].keys()
     epochs = read_records(tmp_path / "both-epochs.csv")
     assert [r["epoch"] for r in epochs] == [1, 2, 3, 4, 5, 6, 5, 6, 1, 2, 3, 4, 5, 6]

@@ -38,7 +38,6 @@ class Toys(Study[Toy]):
             raise UserError(f"{s.share} is too much")
 
     def run(self, s: Toy, bench: Bench) -> list[list[dict[str, Any]]]:
-        assert bench.out is not None
         made = bench.shared(("dense", s.letter, s.seed), lambda: _note(bench.out, "made", s))
         _note(bench.out, "done", s)
         for way in ("die", "fail"):
@@ -53,9 +52,8 @@ class Toys(Study[Toy]):
         return [[{"step": k} for k in range(s.length)], [row]]
 
 
-def _note(out: Path | None, what: str, s: Toy) -> str:
+def _note(out: Path, what: str, s: Toy) -> str:
     """Write down that it was done; by whom is not said, as any process may do it."""
-    assert out is not None
     with open(out.with_name(f"{what}.txt"), "a", encoding="utf-8") as file:
         file.write(f"{s.letter} {s.share} {s.seed}\n")
     return s.letter
