@@ -17,9 +17,9 @@ import minihyperflows
 from minihyperflows.bench.gpu_steps import GpuBenchSettings, measure_on_gpu
 from minihyperflows.bench.steps import NETWORKS, BenchSettings, measure
 from minihyperflows.bench.table import gpu_table, table
-from minihyperflows.data.datasets import NAMES
 from minihyperflows.engine.backend import require_gpu
 from minihyperflows.errors import UserError
+from minihyperflows.lab import registry
 from minihyperflows.lab.checkpoint import (
     load_checkpoint,
     named_path,
@@ -30,9 +30,16 @@ from minihyperflows.lab.checkpoint import (
 from minihyperflows.lab.console import Parser, run_command, warn
 from minihyperflows.lab.folders import RunFolder, require_exportable, require_own_record
 from minihyperflows.lab.locks import locked_file
-from minihyperflows.lab.networks import MODELS, options_of
+from minihyperflows.lab.plugins import load_plugins
 from minihyperflows.lab.ranges import Range, number, shown, whole
-from minihyperflows.lab.recipes import RECIPES, Recipe, fields_with_ranges, find, flat
+from minihyperflows.lab.recipes import (
+    NAMED,
+    RECIPES,
+    Recipe,
+    fields_with_ranges,
+    find_or_read,
+    flat,
+)
 from minihyperflows.lab.records import collect, require_folder
 from minihyperflows.lab.runs import run, versions
 from minihyperflows.lab.sweep import SweepFolder, parse_gammas, run_sweep
@@ -90,7 +97,10 @@ def build_parser() -> Parser:
 def _add_prune(commands: Any) -> None:
     prune = commands.add_parser("prune", help="train, prune and regrow a network")
     prune.add_argument(
-        "recipe", nargs="?", default=DEFAULT_RECIPE, help=f"see `recipes`; default {DEFAULT_RECIPE}"
+        "recipe",
+        nargs="?",
+        default=DEFAULT_RECIPE,
+        help=f"see `recipes`, or a recipe.json; default {DEFAULT_RECIPE}",
     )
     prune.add_argument(
         "--target-sparsity", type=float, metavar="S", help="fraction of the weights to remove"
@@ -159,6 +169,14 @@ def _add_study(commands: Any) -> None:
 
 def _add_fields(command: Any) -> None:
     """Options that prune and sweep share."""
+    command.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        dest="plugins",
+        metavar="FILE.py",
+        help="import this file first, which registers what the recipe names; repeatable",
+    )
     command.add_argument("--data-dir", type=Path, metavar="DIR", help="where MNIST or CIFAR lie")
     command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     command.add_argument(
@@ -264,6 +282,7 @@ def prune_network(options: argparse.Namespace) -> None:
         seed=options.seed,
         resume=not options.no_resume,
         dense_from=options.dense_from,
+        plugins=options.plugins,
     )
     if finished:  # of another one they were told when they came up
         for text in summary.get("warnings", ()):
@@ -281,7 +300,8 @@ def default_folder(recipe: Recipe, seed: int) -> Path:
 
 def _chosen_recipe(options: argparse.Namespace) -> Recipe:
     """The recipe that the options of prune and sweep name, with the fields they change."""
-    recipe = find(options.recipe)
+    load_plugins(options.plugins)
+    recipe = find_or_read(options.recipe)
     if options.fields:
         recipe = recipe.with_fields(dict(_field(text) for text in options.fields))
     return recipe if options.epochs_scale == 1 else recipe.scaled(options.epochs_scale)
@@ -326,6 +346,7 @@ def sweep_gammas(options: argparse.Namespace) -> None:
         device=options.device,
         resume=not options.no_resume,
         record=options.record,
+        plugins=options.plugins,
     )
     print(f"records: {options.record or SweepFolder(options.out).table}")
 
@@ -394,14 +415,15 @@ def list_recipes(options: argparse.Namespace) -> None:
 
 def list_fields() -> None:
     """``recipes --fields``: the values that ``--set`` takes, beside those of the main job."""
-    values = flat(RECIPES[DEFAULT_RECIPE].to_json())
+    values = flat(dataclasses.asdict(RECIPES[DEFAULT_RECIPE]))
     print(f"{'field':<28}{f'in {DEFAULT_RECIPE}':<22}what it may be")
     for name, words in fields_with_ranges().items():
-        value = "" if name in ("deviations", "model_options") else json.dumps(values[name])
+        value = json.dumps(values[name]) if name in values and name != "deviations" else ""
         print(f"{name:<28}{value:<22}{words}")
-    for model in MODELS:
-        for name, range_ in options_of(model).items():
-            print(f"{f'model_options.{name}':<28}{'':<22}{range_.words} ({model})")
+    for field, kind in NAMED.items():
+        for name in registry.names(kind) if kind in registry.DECIDED else ():
+            for option, range_ in registry.options_of(kind, name).items():
+                print(f"{f'{field}_options.{option}':<28}{'':<22}{range_.words} ({name})")
 
 
 def print_info(_: argparse.Namespace) -> None:
@@ -410,7 +432,7 @@ def print_info(_: argparse.Namespace) -> None:
         print(f"{name:<16}{version}")
     gpu = "available" if minihyperflows.cuda_available() else "not available"
     print(f"{'GPU (CuPy)':<16}{gpu}")
-    print(f"{'data sets':<16}{', '.join(NAMES)}")
+    print(f"{'data sets':<16}{', '.join(registry.names('dataset'))}")
 
 
 def bench_networks(options: argparse.Namespace) -> None:

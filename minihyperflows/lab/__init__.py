@@ -1,8 +1,10 @@
 """Running experiments: recipes, training, runs, sweeps, plots."""
 
-from minihyperflows.data.datasets import Dataset, load, make_shapes32, normalise
+from minihyperflows.data.datasets import Dataset, make_shapes32, normalise
 from minihyperflows.errors import UserError
+from minihyperflows.lab.networks import load
 from minihyperflows.lab.recipes import RECIPES, Recipe
+from minihyperflows.lab.registry import register
 from minihyperflows.lab.runs import run
 from minihyperflows.lab.sweep import run_sweep
 from minihyperflows.lab.training import EpochRecord, Trainer, build_network, evaluate, train
@@ -19,6 +21,7 @@ __all__ = [
     "load",
     "make_shapes32",
     "normalise",
+    "register",
     "run",
     "run_sweep",
     "train",

@@ -129,7 +129,7 @@ def write_json(path: Path, values: Any) -> None:
     write_atomically(path, text.encode("utf-8"))
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, advice: str = "remove it or start over") -> Any:
     """The content of a JSON file.
 
     Raises:
@@ -138,9 +138,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"cannot read {path}: {reason_of(error)}; remove it or start over"
-        ) from error
+        raise UserError(f"cannot read {path}: {reason_of(error)}; {advice}") from error
 
 
 # -- checkpoints ---------------------------------------------------------------------------------

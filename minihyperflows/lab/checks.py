@@ -7,28 +7,42 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from minihyperflows.data.datasets import IMAGES
+from minihyperflows import flows
+from minihyperflows.data.datasets import IMAGES, Dataset, Images
 from minihyperflows.engine import Tensor, no_grad
 from minihyperflows.engine.backend import to_device
 from minihyperflows.errors import UserError
-from minihyperflows.lab.networks import build, unknown_names
-from minihyperflows.lab.recipes import Recipe, refuse
-from minihyperflows.nn import Module, weight_groups
+from minihyperflows.lab import registry
+from minihyperflows.lab.networks import build
+from minihyperflows.lab.recipes import Recipe, refuse, unknown_names
+from minihyperflows.nn import Module, optim, weight_groups
 from minihyperflows.nn.counting import kept_weights, trace
 
 
-def require_usable(recipe: Recipe, device: str = "cpu") -> None:
-    """Find what would end a run of ``recipe``, before any data are read.
+def require_names(recipe: Recipe, device: str = "cpu") -> None:
+    """Raise UserError, which lists the mistakes, unless all that ``recipe`` names is there and can
+    run on ``device``."""
+    refuse(unknown_names(recipe.to_json()))
+    require_kernels(recipe, device)
+
+
+def require_usable(recipe: Recipe, device: str = "cpu", data: Dataset | None = None) -> None:
+    """Find what would end a run of ``recipe``, before the data are read if they are built in.
 
     Its names are looked up; its network is built and sent one image of zeros, of the size of the
     data set's; and there must be something to train.
 
+    Args:
+        data: the data set, if it is not a built-in one.
+
     Raises:
         UserError: lists the mistakes.
     """
-    refuse(unknown_names(recipe.model, recipe.dataset, recipe.model_options))
-    require_dtype(recipe, device)
-    kind = IMAGES[recipe.dataset]
+    require_names(recipe, device)
+    if data is None:
+        kind = IMAGES[recipe.dataset]
+    else:
+        kind = Images(data.train_x.shape[1:], len(data.classes), len(data.train_y))
     net = build(recipe, kind.classes, kind.shape, np.random.default_rng(0))
     try:
         trace(net, kind.shape)
@@ -40,10 +54,24 @@ def require_usable(recipe: Recipe, device: str = "cpu") -> None:
     require_trainable(net, recipe, kind.shape, kind.train)
 
 
-def require_dtype(recipe: Recipe, device: str) -> None:
-    """Raise UserError unless ``device`` trains weights of the recipe's dtype."""
-    if device != "cpu" and recipe.dtype != "float32":
+def require_kernels(recipe: Recipe, device: str) -> None:
+    """Raise UserError unless ``device`` has kernels for the recipe's weights, optimisers and
+    pressure."""
+    if device == "cpu":
+        return
+    if recipe.dtype != "float32":
         raise UserError(f"{recipe.name} has {recipe.dtype} weights: a GPU trains float32 ones only")
+    for part in (recipe.dense, recipe.pruning, recipe.presence):
+        if registry.find("optimizer", part.optimizer) not in (optim.SGD, optim.Adam):
+            raise UserError(
+                f"there is no GPU kernel for the optimizer {part.optimizer!r}: choose adam or sgd, "
+                "or train on the CPU"
+            )
+    if registry.find("pressure", recipe.pressure.kind) is not flows.pressure:
+        raise UserError(
+            f"there is no GPU kernel for the pressure {recipe.pressure.kind!r}: choose mean, or "
+            "train on the CPU"
+        )
 
 
 def require_trainable(net: Module, recipe: Recipe, image: tuple[int, ...], images: int) -> None:

@@ -1,8 +1,8 @@
 """How a command of ours ends: never with a traceback for something that its user did.
 
 One place for ``minihyperflows`` and for ``python -m minihyperflows.studies.NAME``. Exit status:
-0 done, 2 a user's error in one line on standard error, 130 interrupted. What is none of these is
-our mistake, and shows its traceback.
+0 done, 2 a user's error in one line on standard error, 130 interrupted. An exception from a plugin
+is told with its place there. What is none of these is our mistake, and shows its traceback.
 
 Standard output may be closed, a full device, or a pipe whose reader has left. The work goes on all
 the same, since its results are in files, and nothing more is printed. A reader that leaves
@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from minihyperflows.engine import DeviceError, DoubtfulResultWarning, NonFiniteLossError
 from minihyperflows.errors import UserError, reason_of
+from minihyperflows.lab.plugins import blame
 
 DONE, WRONG, INTERRUPTED = 0, 2, 130
 
@@ -61,11 +62,20 @@ def _status_of(work: Callable[[], int | None], after_interrupt: Callable[[], str
         return _complain(f"out of memory ({error}): a smaller network or batch needs less")
     except OSError as error:
         if error.filename is None:  # not about a file that somebody named
-            raise
+            return _complain_of_plugin(error)
         return _complain(f"cannot use {error.filename}: {reason_of(error)}")
     except KeyboardInterrupt:
         _say(f"interrupted: {after_interrupt()}")
         return INTERRUPTED
+    except Exception as error:
+        return _complain_of_plugin(error)
+
+
+def _complain_of_plugin(error: Exception) -> int:
+    """A mistake in a user's plugin is the user's; any other is ours."""
+    if blamed := blame(error):
+        return _complain(blamed)
+    raise error
 
 
 def _complain(problem: object) -> int:

@@ -1,56 +1,31 @@
-"""The networks that a recipe can name, and what their options may be."""
+"""The network and the data set that a recipe names."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+import os
+from typing import Any
 
 import numpy as np
 
-from minihyperflows.data.datasets import NAMES
-from minihyperflows.errors import UserError
-from minihyperflows.lab import ranges
-from minihyperflows.nn import Module, models
-
-if TYPE_CHECKING:
-    from minihyperflows.lab.recipes import Recipe
-
-MODELS: dict[str, Callable[..., Module]] = {
-    name: getattr(models, name)
-    for name in models.__all__
-    if inspect.isfunction(getattr(models, name))
-}
-
-# Arguments of a model that follow from the data set, the seed and the recipe's dtype.
-DECIDED = ("num_classes", "in_features", "rng", "dtype")
+from minihyperflows.data.datasets import Dataset
+from minihyperflows.lab import registry
+from minihyperflows.lab.recipes import Recipe
+from minihyperflows.nn import Module
 
 
-def unknown_names(model: str, dataset: str, options: Mapping[str, Any]) -> Iterator[str]:
-    """A sentence for each name that a recipe uses and nothing has, and for options out of range."""
-    if not (ranges.text().holds(dataset) and ranges.text().holds(model)):
-        return  # that is said already
-    if dataset not in NAMES:
-        yield f"dataset is {ranges.either(NAMES)}, not {ranges.shown(dataset)}"
-    if model not in MODELS:
-        yield f"model is {ranges.either(tuple(MODELS))}, not {ranges.shown(model)}"
-        return
-    known = options_of(model)
-    for name, value in options.items():
-        if name in DECIDED:
-            yield f"model_options.{name} cannot be set: the rest of the recipe decides it"
-        elif name not in known:
-            yield f"{model} has no option {name!r}, but {', '.join(known) or 'none'}"
-        elif wrong := ranges.mistake(f"model_options.{name}", known[name], value):
-            yield wrong
-    for name in ranges.needed_by(MODELS[model]):
-        if name not in DECIDED and name not in options:
-            yield f"{model} needs model_options.{name}, {known[name].words}"
+def load(name: str, root: str | os.PathLike[str] | None = None) -> Dataset:
+    """The data set called ``name``: digits, shapes32, mnist, cifar10, cifar100 or a registered one.
 
+    Args:
+        name: of the data set.
+        root: the folder with MNIST's or CIFAR's files; see
+            :func:`minihyperflows.data.datasets.data_folder` for where it is by default.
 
-def options_of(model: str) -> dict[str, ranges.Range]:
-    """The options of a model and what they may be."""
-    return ranges.options_of(MODELS[model], without=DECIDED)
+    Raises:
+        UserError: an unknown name; files that are missing, damaged or not what they should be.
+    """
+    return registry.make("dataset", name, root=root)
 
 
 def build(recipe: Recipe, classes: int, image: tuple[int, ...], rng: np.random.Generator) -> Module:
@@ -59,17 +34,8 @@ def build(recipe: Recipe, classes: int, image: tuple[int, ...], rng: np.random.G
     Raises:
         UserError: there is no such network.
     """
-    if recipe.model not in MODELS:
-        raise UserError(
-            f"recipe {recipe.name!r} asks for an unknown model {recipe.model!r}: choose one of "
-            f"{', '.join(MODELS)}"
-        )
-    model = MODELS[recipe.model]
     options: dict[str, Any] = {"num_classes": classes, **recipe.model_options}
-    if "in_features" in inspect.signature(model).parameters:
+    if "in_features" in inspect.signature(registry.find("model", recipe.model)).parameters:
         options["in_features"] = int(np.prod(image))
-    try:
-        return model(rng=rng, dtype=np.dtype(recipe.dtype), **options)
-    except (ValueError, OverflowError, MemoryError) as error:
-        chosen = ", ".join(f"{name}={value!r}" for name, value in recipe.model_options.items())
-        raise UserError(f"cannot build {recipe.model} with ({chosen}): {error}") from error
+    dtype = np.dtype(recipe.dtype)
+    return registry.make("model", recipe.model, rng=rng, dtype=dtype, **options)

@@ -224,18 +224,31 @@ def required(settings: type[Any]) -> list[str]:
 # -- the options of a function --------------------------------------------------------------------
 
 
+_MANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
 def options_of(function: Callable[..., Any], without: tuple[str, ...]) -> dict[str, Range]:
     """What the arguments of a function may be, by its annotations; other types: anything."""
     by_type = {float: number(), int: whole(0), bool: yes_or_no(), str: text()}
-    hints = get_type_hints(function)
+    try:
+        hints = get_type_hints(function)
+    except (NameError, TypeError, AttributeError):  # annotations for readers alone
+        hints = {}
     return {
         name: by_type.get(hints.get(name, object), Range("anything", lambda value: True))
-        for name in inspect.signature(function).parameters
-        if name not in without
+        for name, parameter in inspect.signature(function).parameters.items()
+        if name not in without and parameter.kind not in _MANY
     }
+
+
+def takes_any(function: Callable[..., Any]) -> bool:
+    """Whether a function has ``**options``."""
+    return any(p.kind == p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
 
 
 def needed_by(function: Callable[..., Any]) -> list[str]:
     """The arguments of a function that have no default."""
     arguments = inspect.signature(function).parameters.values()
-    return [a.name for a in arguments if a.default is inspect.Parameter.empty]
+    return [
+        a.name for a in arguments if a.default is inspect.Parameter.empty and a.kind not in _MANY
+    ]

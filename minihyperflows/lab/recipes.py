@@ -10,19 +10,31 @@ its ranges, or with fields that contradict each other, cannot be made: the error
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
-from minihyperflows.data.datasets import NAMES
 from minihyperflows.errors import UserError
 from minihyperflows.flows.scheduler import base_after_rises, cosine
 from minihyperflows.flows.stages import Timeline
-from minihyperflows.lab import ranges
-from minihyperflows.lab.networks import MODELS, unknown_names
+from minihyperflows.lab import ranges, registry
+from minihyperflows.lab.checkpoint import read_json
 from minihyperflows.lab.ranges import number, one_of, optional, plain, shown, whole, yes_or_no
+
+# Which field names something of the registry, of which kind; its options are in FIELD_options.
+NAMED = {
+    **{"model": "model", "dataset": "dataset"},
+    **{f"{part}.optimizer": "optimizer" for part in ("dense", "pruning", "presence")},
+    **{"pressure.scheduler": "scheduler", "pressure.kind": "pressure"},
+}
+
+OPTIONS = tuple(f"{name}_options" for name, kind in NAMED.items() if kind in registry.DECIDED)
 
 SCHEDULES = ("constant", "cosine", "multistep")
 
@@ -41,7 +53,15 @@ Momentum: TypeAlias = Annotated[float, number(0, below=1)]
 Share: TypeAlias = Annotated[float, number(0, 1)]
 Flag: TypeAlias = Annotated[bool, yes_or_no()]
 Schedule: TypeAlias = Annotated[str, one_of(*SCHEDULES)]
-OptimizerName: TypeAlias = Annotated[str, one_of("adam", "sgd")]
+Name: TypeAlias = Annotated[str, ranges.text()]  # of what is registered: see NAMED
+Options: TypeAlias = Annotated[dict[str, Any], ranges.options()]
+
+
+# Fields that recipes did not always have: they are written only if they are not this.
+ADDED: dict[str, Any] = {
+    **{"optimizer_options": {}, "scheduler": "trajectory", "scheduler_options": {}},
+    **{"kind": "mean", "kind_options": {}},
+}
 
 
 def scheduled_lr(schedule: str, start: float, end: float, done: float) -> float:
@@ -81,11 +101,12 @@ class WeightTraining(Settings):
     lr: Rate
     end_lr: Rate = 0.0
     schedule: Schedule = "constant"
-    optimizer: OptimizerName = "adam"
+    optimizer: Name = "adam"
     momentum: Momentum = 0.9
     nesterov: Flag = False
     weight_decay: Rate = 0.0
     label_smoothing: Share = 0.0
+    optimizer_options: Options = field(default_factory=dict)
 
     def lr_at(self, epoch: int) -> float:
         """The learning rate of ``epoch`` (from 1) of this stage."""
@@ -98,15 +119,17 @@ class PresenceTraining(Settings):
     """How the presence parameters t are drawn and trained."""
 
     init: Annotated[tuple[float, float], ranges.low_and_high()] = (0.2, 0.5)
-    optimizer: OptimizerName = "adam"
+    optimizer: Name = "adam"
     lr: Rate = 1e-3
     momentum: Momentum = 0.9
+    optimizer_options: Options = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class PressureSettings(Settings):
     """The scheduler's settings (:class:`minihyperflows.flows.PressureScheduler`) and the floor.
 
+    ``kind``, ``scheduler``: names of the registry (:mod:`minihyperflows.lab.registry`).
     ``floor``: t at or below it feel no pressure; None for no floor. ``gamma``: a constant pressure
     instead of the scheduler.
 
@@ -122,6 +145,10 @@ class PressureSettings(Settings):
     floor: Annotated[float | None, optional(number())] = None
     gamma: Annotated[float | None, optional(number(0))] = None
     updates_per_epoch: Annotated[int, whole(1, 10_000)] = 1
+    scheduler: Name = "trajectory"
+    scheduler_options: Options = field(default_factory=dict)
+    kind: Name = "mean"
+    kind_options: Options = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -190,7 +217,7 @@ class Recipe(Settings):
     pruning: WeightTraining
     regrowth: Regrowth
     target_sparsity: Annotated[float | None, optional(_TARGET)]
-    model_options: Annotated[dict[str, Any], ranges.options()] = field(default_factory=dict)
+    model_options: Options = field(default_factory=dict)
     batch_size: Annotated[int, whole(1)] = 128
     augment: Flag = False
     dtype: Annotated[str, one_of("float32", "float64", note=_CPU_NOTE)] = "float32"
@@ -226,7 +253,7 @@ class Recipe(Settings):
         for name, stage in (("dense", self.dense), ("pruning", self.pruning)):
             if stage.optimizer == "sgd" and stage.nesterov and not stage.momentum:
                 yield f"{name}.nesterov needs a {name}.momentum above 0"
-        if pressure.gamma is None:
+        if pressure.gamma is None and pressure.scheduler == "trajectory":
             yield from self._scheduler_out_of_range()
 
     def _scheduler_out_of_range(self) -> Iterator[str]:
@@ -295,7 +322,7 @@ class Recipe(Settings):
         Raises:
             UserError: there is no such field, or a value is outside its range; lists all mistakes.
         """
-        values = json.loads(json.dumps(self.to_json()))
+        values = json.loads(json.dumps(dataclasses.asdict(self)))
         known = flat(values)
         wrong = []
         for name, value in fields.items():
@@ -303,14 +330,14 @@ class Recipe(Settings):
             part = values
             for step in path:
                 part = part.get(step) if isinstance(part, dict) else None
-            if isinstance(part, dict) and last and (name in known or path == ["model_options"]):
+            option = name in OPTIONS or ".".join(path) in OPTIONS
+            if isinstance(part, dict) and last and (name in known or option):
                 part[last] = plain(value)
             else:
                 wrong.append(f"a recipe has no field {shown(name)}; it has {', '.join(known)}")
         wrong += _mistakes(values)
-        if any(name.startswith(("model", "dataset")) for name in fields):
-            names = values["model"], values["dataset"], values["model_options"]
-            wrong += unknown_names(*names)
+        if any(name.startswith(tuple(NAMED)) for name in fields):
+            wrong += unknown_names(values)
         refuse(wrong)
         return Recipe.from_json(values)
 
@@ -328,8 +355,12 @@ class Recipe(Settings):
         return self.with_fields(longer)
 
     def to_json(self) -> dict[str, Any]:
-        """The recipe as plain JSON types."""
-        return dataclasses.asdict(self)
+        """The recipe as plain JSON types; fields that were added later only if they are set."""
+        values = dataclasses.asdict(self)
+        for part in PARTS:
+            group = values[part]
+            values[part] = {k: v for k, v in group.items() if k not in ADDED or v != ADDED[k]}
+        return values
 
     def dense_settings(self) -> dict[str, Any]:
         """The part of :meth:`to_json` that decides, with the seed, what the dense network is."""
@@ -380,7 +411,22 @@ def fields_with_ranges() -> dict[str, str]:
             result |= {f"{f.name}.{name}": range_.words for name, range_ in part.items()}
         else:
             result[f.name] = ranges.ranges_of(Recipe)[f.name].words
-    return result | {"model": ranges.either(tuple(MODELS)), "dataset": ranges.either(NAMES)}
+    return result | {name: ranges.either(registry.names(kind)) for name, kind in NAMED.items()}
+
+
+def unknown_names(values: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the names in a recipe's values, and with the options beside them.
+
+    What is no name, or no options, is left to :func:`_mistakes`.
+    """
+    for field_name, kind in NAMED.items():
+        *path, last = field_name.split(".")
+        group = values[path[0]] if path else values
+        if not isinstance(group, dict):
+            continue
+        name, options = group.get(last), group.get(f"{last}_options", {})
+        if ranges.text().holds(name) and isinstance(options, dict):
+            yield from registry.mistakes(kind, field_name, name, options)
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -398,9 +444,52 @@ def find(name: str) -> Recipe:
     Raises:
         UserError: there is none of that name.
     """
-    if name not in RECIPES:
-        raise UserError(f"unknown recipe {name!r}: choose one of {', '.join(RECIPES)}")
-    return RECIPES[name]
+    recipe = registry.make("recipe", name)
+    if not isinstance(recipe, Recipe):
+        raise UserError(f"the recipe {name!r} is not a lab.Recipe, but {shown(recipe)}")
+    return recipe if recipe.name == name else dataclasses.replace(recipe, name=name)
+
+
+def find_or_read(name: str) -> Recipe:
+    """The recipe called ``name``, or that of the file ``name``, such as a run's ``recipe.json``.
+
+    Raises:
+        UserError: there is none; or the file cannot be read, or is none of a recipe.
+    """
+    file = Path(name)
+    if name in RECIPES or not (file.suffix == ".json" or os.path.isfile(file)):
+        return find(name)
+    values = read_json(file, advice="give a recipe.json")
+    if isinstance(values, dict):
+        values = {k: v for k, v in values.items() if k != "plugins"}
+    try:
+        recipe = Recipe.from_json(values)
+        refuse(unknown_names(dataclasses.asdict(recipe)))
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    return recipe
+
+
+class _Recipes(MutableMapping[str, Recipe]):
+    """The recipes of the registry, by name."""
+
+    def __getitem__(self, name: str) -> Recipe:
+        if name not in registry.names("recipe"):
+            raise KeyError(name)
+        return find(name)
+
+    def __setitem__(self, name: str, recipe: Recipe) -> None:
+        self.pop(name, None)
+        registry.register("recipe", name)(lambda: recipe)
+
+    def __delitem__(self, name: str) -> None:
+        registry.remove("recipe", name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(registry.names("recipe"))
+
+    def __len__(self) -> int:
+        return len(registry.names("recipe"))
 
 
 # How every recipe departs from the authors' code unless told otherwise.
@@ -579,19 +668,18 @@ def _small(
     )
 
 
-RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe
-    for recipe in (
-        _LENET_DIGITS,
-        _LENET_MNIST,
-        _LENET_DIGITS_GAMMA,
-        _LENET_MNIST_GAMMA,
-        _cifar("vgg19-cifar10", "vgg19", "cifar10"),
-        _cifar("vgg19-cifar100", "vgg19", "cifar100", regrowth_lr_scale=5.0),
-        _cifar("resnet50-cifar10", "resnet50", "cifar10"),
-        _cifar("resnet50-cifar100", "resnet50", "cifar100"),
-        _small("vgg19-small-cifar10", "vgg19", "cifar10", stem_stride=2),
-        _small("resnet50-small-cifar10", "resnet50", "cifar10", stem_stride=4),
-        _small("vgg19-small-shapes32", "vgg19", "shapes32", 2, 0.02, regrowth_lr_scale=0.2),
-    )
-}
+for _recipe in (
+    _LENET_DIGITS,
+    _LENET_MNIST,
+    _LENET_DIGITS_GAMMA,
+    _LENET_MNIST_GAMMA,
+    _cifar("vgg19-cifar10", "vgg19", "cifar10"),
+    _cifar("vgg19-cifar100", "vgg19", "cifar100", regrowth_lr_scale=5.0),
+    _cifar("resnet50-cifar10", "resnet50", "cifar10"),
+    _cifar("resnet50-cifar100", "resnet50", "cifar100"),
+    _small("vgg19-small-cifar10", "vgg19", "cifar10", stem_stride=2),
+    _small("resnet50-small-cifar10", "resnet50", "cifar10", stem_stride=4),
+    _small("vgg19-small-shapes32", "vgg19", "shapes32", 2, 0.02, regrowth_lr_scale=0.2),
+):
+    registry.register("recipe", _recipe.name)(partial(copy.copy, _recipe))
+RECIPES = _Recipes()

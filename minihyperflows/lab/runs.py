@@ -20,7 +20,7 @@ import shlex
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,14 +30,14 @@ import numpy as np
 from tqdm import tqdm
 
 from minihyperflows import __version__
-from minihyperflows.data.datasets import Dataset, load
+from minihyperflows.data.datasets import IMAGES, Dataset
 from minihyperflows.engine import DoubtfulResultWarning, NonFiniteLossError
 from minihyperflows.engine.backend import cupy
 from minihyperflows.errors import OutOfTimeError, UserError
 from minihyperflows.flows.gates import counts
 from minihyperflows.flows.recorder import LayerFlow
 from minihyperflows.flows.stages import DENSE, REGROWTH
-from minihyperflows.lab import plots
+from minihyperflows.lab import plots, plugins
 from minihyperflows.lab.checkpoint import (
     load_checkpoint,
     named_path,
@@ -46,9 +46,11 @@ from minihyperflows.lab.checkpoint import (
     write_atomically,
     write_json,
 )
-from minihyperflows.lab.checks import require_usable
+from minihyperflows.lab.checks import require_names, require_usable
 from minihyperflows.lab.folders import RunFolder, locked, remove
 from minihyperflows.lab.locks import Lock
+from minihyperflows.lab.networks import load
+from minihyperflows.lab.plugins import Paths, Plugin, load_plugins
 from minihyperflows.lab.recipes import RECIPES, Recipe, find, flat
 from minihyperflows.lab.training import METRICS, EpochRecord, Trainer, build_network
 from minihyperflows.nn import Module
@@ -75,6 +77,7 @@ class _Run:
     observe: Callable[[EpochRecord], None] | None = None  # told of each epoch before it is saved
     records: list[EpochRecord] = dataclasses.field(default_factory=list)
     packages: list[str] = dataclasses.field(default_factory=lambda: [__version__])
+    plugins: tuple[Plugin, ...] = ()
 
     def __post_init__(self) -> None:
         self.structure = structure(self.trainer.net)  # before it has gates
@@ -93,6 +96,7 @@ def run(
     save_every: float | None = None,
     observe: Callable[[EpochRecord], None] | None = None,
     lock: Lock | None = None,
+    plugins: Paths = (),
 ) -> dict[str, Any]:
     """Run ``recipe`` in the folder ``out`` and return its summary.
 
@@ -118,6 +122,8 @@ def run(
         observe: called with the record of each epoch, before anything of the epoch is saved. What
             it raises ends the run.
         lock: the folder's lock, if the caller holds it already.
+        plugins: files that register what the recipe names. They are imported first, and a run that
+            is continued must have the same.
 
     Raises:
         OutOfTimeError: ``stop_at`` has come; the same call goes on from there.
@@ -126,18 +132,19 @@ def run(
             dense network, a file is damaged, the data are missing or damaged, the disk is full, or
             the loss is no longer finite. One line that says what to do.
     """
+    known = load_plugins(plugins)
     recipe = recipe if isinstance(recipe, Recipe) else find(recipe)
     seed, folder = whole_seed(seed), RunFolder(named_path(os.fspath(out)))
     folder.require_ours()
     if resume and folder.is_finished:  # nothing will be written, so this needs no lock
-        return _finished(folder, recipe, seed, device)
+        return _finished(folder, recipe, seed, device, known)
     with nullcontext(lock) if lock else locked(folder) as held:
         if resume and folder.is_finished:  # since then
-            return _finished(folder, recipe, seed, device)
-        require_usable(recipe, device)
-        trainer = _new_trainer(recipe, load(recipe.dataset, data_dir), seed, device)
+            return _finished(folder, recipe, seed, device, known)
+        trainer = _new_trainer(recipe, _load(recipe, device, data_dir), seed, device)
         save_every = SECONDS_BETWEEN_CHECKPOINTS if save_every is None else save_every
         state = _Run(folder, held, trainer, seed, device, stop_at, save_every, observe=observe)
+        state.plugins = known
         if resume and folder.checkpoint.exists():
             _continue(state)
         else:
@@ -161,15 +168,30 @@ def whole_seed(seed: Any) -> int:
     return whole
 
 
-def _finished(folder: RunFolder, recipe: Recipe, seed: int, device: str) -> dict[str, Any]:
+def _load(recipe: Recipe, device: str, data_dir: str | os.PathLike[str] | None) -> Dataset:
+    """The data set, after a look at whatever could end the run. (A registered one must be read
+    first.)"""
+    require_names(recipe, device)
+    data = None if recipe.dataset in IMAGES else load(recipe.dataset, data_dir)
+    require_usable(recipe, device, data)
+    return load(recipe.dataset, data_dir) if data is None else data
+
+
+def _finished(
+    folder: RunFolder, recipe: Recipe, seed: int, device: str, here: tuple[Plugin, ...]
+) -> dict[str, Any]:
     """The summary of the run that is there, if it is the one that is asked for."""
     summary = folder.read_summary()
     _require_same(folder, summary, recipe, seed, device)
+    plugins.require_same(summary, here, f"of the run in {folder.path}, which is finished,")
     return summary
 
 
 def _conclude(run: _Run) -> dict[str, Any]:
     summary = summarise(run.trainer, run.records, run.seed, run.device, run.dense_from)
+    if run.plugins:
+        command = command_for(run.trainer.recipe, run.seed, run.device, run.plugins)
+        summary |= {"command": command, **plugins.as_json(run.plugins)}
     if len(run.packages) > 1:
         summary["versions"]["minihyperflows"] = ", ".join(run.packages)
     run.lock.check()
@@ -190,10 +212,21 @@ def _continue(run: _Run) -> None:
     """Go on from the folder's checkpoint."""
     arrays, values = load_checkpoint(run.folder.checkpoint)
     _require_same(run.folder, values, run.trainer.recipe, run.seed, run.device)
+    _require_same_plugins(run, run.folder.path, values)
     _restore(run, run.folder.checkpoint, arrays, values)
     run.dense_from = values.get("dense_from")
-    write_json(run.folder.recipe, run.trainer.recipe.to_json())
+    _write_recipe(run)
     _write_tables(run.folder, run.records)
+
+
+def _write_recipe(run: _Run) -> None:
+    write_json(run.folder.recipe, run.trainer.recipe.to_json() | plugins.as_json(run.plugins))
+
+
+def _require_same_plugins(run: _Run, path: Path, values: dict[str, Any]) -> None:
+    """Raise unless the plugins of a checkpoint in the folder ``path`` are those of ``run``."""
+    epoch = values["trainer"]["epoch"]
+    plugins.require_same(values, run.plugins, f"of the run in {path}, until epoch {epoch},")
 
 
 def _begin(run: _Run, dense_from: str | os.PathLike[str] | None) -> None:
@@ -205,7 +238,7 @@ def _begin(run: _Run, dense_from: str | os.PathLike[str] | None) -> None:
     checkpoint = None if dense_from is None else _dense_checkpoint(run, Path(dense_from))
     run.folder.create()
     run.folder.forget()
-    write_json(run.folder.recipe, run.trainer.recipe.to_json())
+    _write_recipe(run)
     if dense_from is not None and checkpoint is not None:
         _restore(run, RunFolder(Path(dense_from)).dense, *checkpoint)
         run.dense_from = os.fspath(dense_from)
@@ -291,6 +324,7 @@ def _dense_checkpoint(run: _Run, path: Path) -> tuple[dict[str, np.ndarray], dic
             f"{path} has another dense network ({difference}): give the folder of a run with the "
             "same settings, or leave out --dense-from"
         )
+    _require_same_plugins(run, path, values)
     return arrays, values
 
 
@@ -395,6 +429,7 @@ def _save(run: _Run) -> None:
         "structure": run.structure,
         "trainer": state,
         "records": [dataclasses.asdict(r) for r in run.records],
+        **plugins.as_json(run.plugins),
     }
     if run.trainer.epoch == run.trainer.recipe.timeline.dense:
         save_checkpoint(run.folder.dense, arrays, values)
@@ -476,7 +511,7 @@ def summarise(
     }
 
 
-def command_for(recipe: Recipe, seed: int, device: str) -> str:
+def command_for(recipe: Recipe, seed: int, device: str, plugins: Sequence[Plugin] = ()) -> str:
     """The command line that repeats a run (give --data-dir where the data set needs one)."""
     options = _options_for(recipe)
     if options is None:
@@ -484,6 +519,7 @@ def command_for(recipe: Recipe, seed: int, device: str) -> str:
     options += ["--device", device, "--seed", str(seed)]
     if device == "cuda":
         options += ["--precision", recipe.gpu_dtype]
+    options += [word for plugin in plugins for word in ("--plugin", plugin.path)]
     return shlex.join(["minihyperflows", "prune", recipe.name, *options])
 
 

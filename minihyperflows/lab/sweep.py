@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from minihyperflows.data.datasets import load
+from minihyperflows.data.datasets import IMAGES
 from minihyperflows.engine.backend import to_device
 from minihyperflows.errors import UserError
 from minihyperflows.lab.checkpoint import (
@@ -27,10 +27,13 @@ from minihyperflows.lab.checkpoint import (
     remove_temporary,
     write_json,
 )
-from minihyperflows.lab.checks import require_usable
+from minihyperflows.lab.checks import require_names, require_usable
 from minihyperflows.lab.cluster import Cluster
 from minihyperflows.lab.folders import RunFolder, foreign, is_sweep, json_in, locked, remove
 from minihyperflows.lab.locks import locked as lock_folder
+from minihyperflows.lab.networks import load
+from minihyperflows.lab.plugins import Paths, Plugin, load_plugins, require_same
+from minihyperflows.lab.plugins import as_json as as_plugins
 from minihyperflows.lab.recipes import Recipe, find
 from minihyperflows.lab.records import read_records, table_of_runs, write_runs
 from minihyperflows.lab.runs import as_json, first_difference
@@ -138,7 +141,9 @@ class SweepFolder:
     def _names(self) -> list[str]:
         return [self.description.name, self.table.name]
 
-    def open(self, recipe: Recipe, device: str, resume: bool) -> None:
+    def open(
+        self, recipe: Recipe, device: str, resume: bool, plugins: tuple[Plugin, ...] = ()
+    ) -> None:
         """Begin in the folder, or check that it holds this very sweep; without ``resume`` empty it.
 
         For the holder of the folder's lock.
@@ -149,11 +154,11 @@ class SweepFolder:
         remove_temporary(self.path, self._names)
         here = {"recipe": as_json(recipe.with_gamma(1.0)), "device": device}
         if resume and self.description.exists():
-            self._require_same(here)
+            self._require_same(here, plugins)
             return
         if not resume:
             self._forget_runs()
-        write_json(self.description, here)
+        write_json(self.description, here | as_plugins(plugins))
 
     def _forget_runs(self) -> None:
         folders = [RunFolder(path) for path in self._run_folders()]
@@ -164,9 +169,11 @@ class SweepFolder:
                 folder.forget()
                 remove(folder.dense)
 
-    def _require_same(self, here: dict[str, Any]) -> None:
+    def _require_same(self, here: dict[str, Any], plugins: tuple[Plugin, ...]) -> None:
         there = read_json(self.description)
         try:
+            require_same(there, plugins, f"of the sweep in {self.path}")
+            there = {name: value for name, value in there.items() if name != "plugins"}
             there["recipe"] = as_json(Recipe.from_json(there["recipe"]))
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(
@@ -206,6 +213,7 @@ def run_sweep(
     resume: bool = True,
     record: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    plugins: Paths = (),
 ) -> list[dict[str, Any]]:
     """Run ``recipe`` under each constant pressure in ``gammas`` with the seeds 0 ... ``seeds`` - 1.
 
@@ -228,6 +236,7 @@ def run_sweep(
         resume: False starts all runs of the folder over.
         record: the CSV file with a row for every finished run; None for ``sweep.csv`` in ``out``.
         progress: print a line for each finished run and show a progress bar.
+        plugins: files that register what the recipe names; every worker imports them first.
 
     Returns:
         The table's rows (:func:`minihyperflows.lab.records.collect`), by gamma and seed.
@@ -236,6 +245,7 @@ def run_sweep(
         UserError: something cannot be used (one line that says what to do), or a run failed; the
             others are finished then.
     """
+    known = load_plugins(plugins)
     recipe = recipe if isinstance(recipe, Recipe) else find(recipe)
     folder = SweepFolder(named_path(os.fspath(out)).absolute())
     data_dir = None if data_dir is None else Path(data_dir).absolute()
@@ -252,6 +262,7 @@ def run_sweep(
             data_dir=data_dir,
             threads=threads,
             siblings=tuple(folder.run_folder(other, seed) for other in gammas if other != gamma),
+            plugins=known,
         )
         for gamma in gammas
         for seed in range(seeds)
@@ -265,12 +276,14 @@ def run_sweep(
         folder.require_ours()  # another process may have written to it in between
         if record is not None:
             stack.enter_context(table_of_runs(table))
-        require_usable(attempts[0].recipe, device)
+        require_names(attempts[0].recipe, device)
+        if recipe.dataset in IMAGES:
+            require_usable(attempts[0].recipe, device)
         if scheduler is None:
-            _try_here(recipe, data_dir, device)
+            _try_here(attempts[0].recipe, data_dir, device)
         pool: Pool = Processes(workers) if scheduler is None else Cluster(scheduler)
         stack.enter_context(closing(pool))
-        folder.open(recipe, device, resume)
+        folder.open(recipe, device, resume, known)
         failures = _Progress(folder, table, attempts, progress).follow(pool)
     if failures:
         raise UserError(
@@ -283,7 +296,9 @@ def run_sweep(
 def _try_here(recipe: Recipe, data_dir: Path | None, device: str) -> None:
     """Raise at once what would otherwise end every single run."""
     to_device(np.zeros(1), device)
-    load(recipe.dataset, data_dir)
+    data = load(recipe.dataset, data_dir)
+    if recipe.dataset not in IMAGES:
+        require_usable(recipe, device, data)
 
 
 class _Progress:

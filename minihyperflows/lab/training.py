@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import statistics
 import time
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,14 @@ from minihyperflows.errors import UserError
 from minihyperflows.flows.gates import counts
 from minihyperflows.flows.recorder import LayerFlow
 from minihyperflows.flows.stages import DENSE, PRUNING, REGROWTH, far_landing, land
-from minihyperflows.lab.checks import gateable, require_dtype, require_trainable
+from minihyperflows.lab import registry
+from minihyperflows.lab.checks import gateable, require_kernels, require_trainable
 from minihyperflows.lab.epochs import CpuEpochs, Epoch, Epochs
 from minihyperflows.lab.epochs import evaluate as evaluate
 from minihyperflows.lab.gpu_epochs import GpuEpochs
 from minihyperflows.lab.networks import build
 from minihyperflows.lab.recipes import PresenceTraining, Recipe, WeightTraining, find
+from minihyperflows.lab.registry import Scheduler
 from minihyperflows.nn import BatchNorm2d, Module, Parameter, optim, weight_groups
 from minihyperflows.nn.counting import kept_weights
 
@@ -152,7 +155,7 @@ class Trainer:
         self._warn(few_weights(net, recipe))
         self.weight_optimizer = make_optimizer(trainable(net, recipe), recipe.dense)
         self.presence_optimizer: optim.Optimizer | None = None
-        self.scheduler = pressure_scheduler(recipe)
+        self.scheduler, self._pressure = pressure_scheduler(recipe), pressure_of(recipe, net)
         self.loop = self._loop()
 
     def _loop(self) -> Epochs:
@@ -166,7 +169,7 @@ class Trainer:
                 f"{type(self).__name__} overrides {', '.join(changed)}, which a GPU does not call: "
                 "train on the CPU, or override enter, learning_rates or gamma"
             )
-        require_dtype(recipe, device)
+        require_kernels(recipe, device)
         return GpuEpochs(self.net, self.data, recipe.batch_size, recipe.augment, recipe.gpu_dtype)
 
     @property
@@ -283,7 +286,7 @@ class Trainer:
         total, gamma = loss, self.gamma()
         self.net.zero_grad()
         if gamma:
-            total = loss + gamma * flows.pressure(self.net, self.recipe.pressure.floor)
+            total = loss + gamma * self._pressure()
         total.backward()
         return loss.item()
 
@@ -313,6 +316,11 @@ class Trainer:
         self.presence_optimizer = make_optimizer(presences, self.recipe.presence)
         self.loop.record()
 
+    @property
+    def _observes_flux(self) -> bool:
+        """Whether there is flux that can be told from the pressure: the mean's share is known."""
+        return self.presence_optimizer is not None and self.recipe.pressure.kind == "mean"
+
     def _expected_density(self) -> float | None:
         if self.stage == DENSE:
             return 1.0
@@ -337,7 +345,7 @@ class Trainer:
             floor=self.recipe.pressure.floor,
             after_step=self._steer,
             freeze_at_density=self._target_density if landing else None,
-            flux_samples=FLUX_SAMPLES if self.presence_optimizer else 0,
+            flux_samples=FLUX_SAMPLES if self._observes_flux else 0,
         )
         try:
             with np.errstate(over="ignore", invalid="ignore"):  # the loss says what comes of it
@@ -465,19 +473,45 @@ def _with_prefix(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.nda
     return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
 
 
-def pressure_scheduler(recipe: Recipe) -> flows.PressureScheduler | None:
+def pressure_scheduler(recipe: Recipe) -> Scheduler | None:
     """The scheduler of the pruning stage, aimed below the target if regrowth is to land on it;
-    None if the pressure is constant."""
-    if recipe.pressure.gamma is not None or recipe.target_sparsity is None:
-        return None
+    None if the pressure is constant.
+
+    Raises:
+        UserError: there is none of that name, or its state is no JSON.
+    """
     settings = recipe.pressure
-    return flows.PressureScheduler(
-        recipe.aim,
-        recipe.pruning.epochs * settings.updates_per_epoch,
-        settings.step,
-        settings.exponent,
-        settings.aggressivity,
-    )
+    if settings.gamma is not None or recipe.target_sparsity is None:
+        return None
+    epochs, given = recipe.pruning.epochs * settings.updates_per_epoch, settings.scheduler_options
+    given = registry.settings_for("scheduler", settings.scheduler, settings) | given
+    scheduler = registry.make("scheduler", settings.scheduler, recipe.aim, epochs, **given)
+    try:
+        json.dumps(scheduler.state_dict())
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"the state_dict of the scheduler {settings.scheduler!r} must be JSON: {error}"
+        ) from error
+    return scheduler
+
+
+def pressure_of(recipe: Recipe, net: Module) -> Callable[[], Tensor]:
+    """The recipe's pressure on ``net``, a scalar.
+
+    Raises:
+        UserError: there is none of that name; or, when it is called, it is no scalar.
+    """
+    settings, kind = recipe.pressure, recipe.pressure.kind
+    given = registry.settings_for("pressure", kind, settings) | settings.kind_options
+    compute = registry.bound("pressure", kind, net, **given)
+
+    def pressure() -> Tensor:
+        result = registry.checked("pressure", kind, compute())
+        if result.size != 1:
+            raise UserError(f"the pressure {kind!r} has shape {result.shape}: it must be a scalar")
+        return result
+
+    return pressure
 
 
 def trainable(net: Module, recipe: Recipe) -> list[Parameter]:
@@ -493,14 +527,6 @@ def make_optimizer(
     params: list[Parameter], settings: WeightTraining | PresenceTraining
 ) -> optim.Optimizer:
     """The optimiser that ``settings`` describe."""
-    if settings.optimizer == "adam":
-        return optim.Adam(params, settings.lr, weight_decay=getattr(settings, "weight_decay", 0.0))
-    if settings.optimizer == "sgd":
-        return optim.SGD(
-            params,
-            settings.lr,
-            momentum=settings.momentum,
-            weight_decay=getattr(settings, "weight_decay", 0.0),
-            nesterov=getattr(settings, "nesterov", False),
-        )
-    raise UserError(f"unknown optimizer {settings.optimizer!r}: choose adam or sgd")
+    name = settings.optimizer
+    given = registry.settings_for("optimizer", name, settings) | settings.optimizer_options
+    return registry.make("optimizer", name, params, settings.lr, **given)

@@ -33,6 +33,7 @@ from minihyperflows.engine.threads import set_threads
 from minihyperflows.errors import UserError, reason_of
 from minihyperflows.lab.folders import RunFolder, locked
 from minihyperflows.lab.locks import WORKER, Holder
+from minihyperflows.lab.plugins import Plugin, blame
 from minihyperflows.lab.recipes import Recipe
 from minihyperflows.lab.runs import run
 from minihyperflows.lab.training import EpochRecord
@@ -113,6 +114,7 @@ class Attempt:
     data_dir: Path | None = None
     threads: int = 1
     siblings: tuple[Path, ...] = ()
+    plugins: tuple[Plugin, ...] = ()
     deaths: int = 0
     token: str = dataclasses.field(default_factory=new_token)
 
@@ -185,6 +187,7 @@ class Attempt:
                     dense_from=self._dense_network(),
                     observe=after_epoch,
                     lock=lock,
+                    plugins=self.plugins,
                 )
         except _SupersededError:
             return Kind.SUPERSEDED, str(self.folder)
@@ -230,7 +233,9 @@ def carry_out(work: Work, report: Callable[[Any], None]) -> tuple[Kind, str]:
 
 
 def describe(error: BaseException) -> str:
-    """An unexpected exception in one line: what and where."""
+    """An unexpected exception in one line: what and where, in a plugin if it came through one."""
+    if blamed := blame(error):
+        return blamed
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
 

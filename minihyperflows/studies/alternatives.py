@@ -232,8 +232,7 @@ def run_hyperflows(net: Module, data: Dataset, recipe: Recipe, rng: np.random.Ge
     present = {name: is_present(m.presence.data) for name, m in gated_layers(net).items()}
     flows.to_dense(net)
     pressed = [record for record in records if record.stage == PRUNING]
-    assert trainer.scheduler is not None
-    error = 1 - pressed[-1].density - trainer.scheduler.target_sparsity
+    error = 1 - pressed[-1].density - trainer.recipe.aim
     steering = {"steering_error": error, "landed_by": trainer.landed_by}
     return Outcome(net, records[-1].train_loss, present, steering)
 

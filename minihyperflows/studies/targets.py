@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from minihyperflows import flows
 from minihyperflows.analysis import perceptron, small_convnet
 from minihyperflows.data.datasets import Dataset
 from minihyperflows.flows.scheduler import PressureScheduler
@@ -99,7 +100,7 @@ def new_trainer(setting: Setting, data: Dataset, target: float, seed: int) -> Tr
     recipe, rng = setting.recipe.with_target(target), np.random.default_rng(seed)
     trainer = Trainer(setting.build(recipe, data, rng), data, recipe, rng)
     s = trainer.scheduler
-    assert s is not None
+    assert isinstance(s, flows.PressureScheduler)
     trainer.scheduler = setting.scheduler(
         s.target_sparsity, s.epochs, s.step, s.exponent, s.aggressivity
     )

@@ -17,8 +17,8 @@ import pytest
 from minihyperflows import cli, lab
 from minihyperflows.data.datasets import NAMES
 from minihyperflows.lab import RECIPES, UserError, runs, sweep, workers
-from minihyperflows.lab.networks import MODELS
 from minihyperflows.lab.recipes import fields_with_ranges
+from minihyperflows.lab.registry import names as registered
 from minihyperflows.lab.runs import Trainer
 
 LARGE = os.environ.get("HYPOTHESIS_PROFILE") == "large"
@@ -77,7 +77,7 @@ def a_field(rng) -> str:
         "dense..lr",
         "model_options.rng",
     ]
-    values = (*VALUES, *MODELS, *NAMES, "VGG", "models")
+    values = (*VALUES, *registered("model"), *NAMES, "VGG", "models")
     name, value = rng.choice(names), values[rng.integers(len(values))]
     if rng.random() < 0.5:
         value = LIKELY[rng.integers(len(LIKELY))]
@@ -104,6 +104,7 @@ def a_command(rng) -> list[str]:
             *some(
                 lambda: ["--data-dir", one(PATHS)],
                 lambda: ["--no-resume"],
+                lambda: ["--plugin", one(PATHS)],
                 lambda: [f"--device={one(('cpu', 'cuda', 'tpu', ''))}"],
             ),
         ]
