@@ -267,7 +267,7 @@ class Trainer:
         if self.scheduler is None:
             assert self.recipe.pressure.gamma is not None
             return self.recipe.pressure.gamma
-        return self.scheduler.gamma
+        return float(self.scheduler.gamma)
 
     def batches(self) -> Generator[tuple[Tensor, np.ndarray]]:
         """The training set in a new random order; the last batch may be smaller."""
@@ -327,9 +327,8 @@ class Trainer:
         if self.stage == PRUNING:
             if self.scheduler is None:
                 return None
-            return self.scheduler.expected(
-                self.stage_epoch * self.recipe.pressure.updates_per_epoch
-            )
+            period = self.stage_epoch * self.recipe.pressure.updates_per_epoch
+            return float(self.scheduler.expected(period))
         return self._target_density
 
     def _train_one_epoch(self) -> tuple[float, float]:
@@ -478,7 +477,7 @@ def pressure_scheduler(recipe: Recipe) -> Scheduler | None:
     None if the pressure is constant.
 
     Raises:
-        UserError: there is none of that name, or its state is no JSON.
+        UserError: there is none of that name, or it does not keep to the protocol.
     """
     settings = recipe.pressure
     if settings.gamma is not None or recipe.target_sparsity is None:
@@ -488,9 +487,12 @@ def pressure_scheduler(recipe: Recipe) -> Scheduler | None:
     scheduler = registry.make("scheduler", settings.scheduler, recipe.aim, epochs, **given)
     try:
         json.dumps(scheduler.state_dict())
+        for number in (scheduler.gamma, scheduler.expected(1)):
+            float(number)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"the state_dict of the scheduler {settings.scheduler!r} must be JSON: {error}"
+            f"the scheduler {settings.scheduler!r} has a gamma and expected densities that are "
+            f"numbers, and a state_dict in JSON's types: {error}"
         ) from error
     return scheduler
 

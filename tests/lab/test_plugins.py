@@ -258,15 +258,32 @@ def test_what_a_registered_function_may_not_do(kind, function, words):
         use()
 
 
-def test_a_scheduler_whose_state_is_no_json():
-    class Bad(flows.PressureScheduler):
-        def state_dict(self):
-            return {"a": np.zeros(2)}
-
-    lab.register("scheduler", "bad")(Bad)
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"state_dict": lambda self: {"a": np.zeros(2)}}, "ndarray is not JSON serializable"),
+        ({"gamma": lambda self: 1.0}, "not 'method'"),
+        ({"expected": lambda self, epoch: None}, "not 'NoneType'"),
+    ],
+)
+def test_a_scheduler_that_does_not_keep_to_the_protocol(changes, words):
+    lab.register("scheduler", "bad")(type("Bad", (flows.PressureScheduler,), changes))
     recipe = lab.RECIPES["lenet300-digits"].with_fields({"pressure.scheduler": "bad"})
-    with pytest.raises(lab.UserError, match="state_dict of the scheduler 'bad' must be JSON"):
+    with pytest.raises(lab.UserError, match=f"the scheduler 'bad' has .*{words}"):
         pressure_scheduler(recipe)
+
+
+def test_numbers_of_numpy_in_a_scheduler_do_not_reach_the_records(tmp_path):
+    class Numpy(flows.PressureScheduler):
+        gamma = property(lambda self: np.float32(2))
+
+        def expected(self, epoch):
+            return np.float64(super().expected(epoch))
+
+    lab.register("scheduler", "numpy")(Numpy)
+    recipe = QUICK.with_fields({"pressure.scheduler": "numpy"})
+    lab.run(recipe, tmp_path / "run", progress=False, save_every=0)
+    assert [row["gamma"] for row in rows(tmp_path / "run")] == ["0.0", "2.0", "2.0", "0.0"]
 
 
 # -- files -----------------------------------------------------------------------------------------
