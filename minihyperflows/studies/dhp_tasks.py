@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -302,7 +303,7 @@ class Experiment:
     l1: float | None = None
     bias_free: float = 3.0
 
-    def load(self, data_dir: str | None = None, device: str = "cpu") -> Task:
+    def load(self, data_dir: Path | None = None, device: str = "cpu") -> Task:
         """The task with its data.
 
         Raises:

@@ -257,6 +257,7 @@ def parser_of(study: Study[Any]) -> Parser:
     add("--workers", type=parse_count, default=1, metavar="N", help="processes; default 1")
     add("--dask", metavar="ADDRESS", help="of a Dask cluster's scheduler, to work instead")
     add("--join", nargs="+", type=Path, default=(), metavar="FILE", help="only add their runs")
+    add("--quiet", action="store_true", help="no progress bar")
     add("--table", action="store_true", help="only print what FILE holds")
     return parser
 
@@ -343,7 +344,8 @@ def carry_out(study: Study[S], options: argparse.Namespace, settings: Sequence[S
         bench = Bench(options.data_dir, options.device, options.out, record.tables[-1])
         for s in waiting:  # what cannot be done is noticed before anything is
             study.check(s, bench)
-        with tqdm(total=len(waiting), unit="run", dynamic_ncols=True) as bar:
+        quiet = options.quiet
+        with tqdm(total=len(waiting), unit="run", dynamic_ncols=True, disable=quiet) as bar:
             if options.workers > 1 or options.dask:
                 pool = Cluster(options.dask) if options.dask else Processes(options.workers)
                 _in_parallel(study, pool, jobs_of(study, options, waiting), record, bar)
@@ -364,7 +366,8 @@ def _one_by_one(
 
 
 def _show_epoch(bar: tqdm, epochs: Iterator[int]) -> None:
-    bar.set_postfix_str(f"epoch {next(epochs)}")
+    bar.set_postfix_str(f"epoch {next(epochs)}", refresh=False)
+    bar.update(0)  # drawn if it is time
 
 
 def _label(study: Study[S], s: S) -> str:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from minihyperflows import flows, optim
 from minihyperflows.data.datasets import normalise
+from minihyperflows.errors import UserError
 from minihyperflows.flows.gates import counts, gated_layers
 from minihyperflows.nn import Module, weighted_layers
 from minihyperflows.related import dhp, rounds
@@ -26,6 +28,7 @@ from minihyperflows.related.rounds import Scores
 from minihyperflows.studies import gradient_flow_filters as filters
 from minihyperflows.studies import gradient_flow_weights as weights
 from minihyperflows.studies.dhp_runs import (
+    MACS,
     NETWORK,
     WEIGHTS,
     Course,
@@ -37,8 +40,9 @@ from minihyperflows.studies.dhp_runs import (
     search,
     stream,
 )
-from minihyperflows.studies.dhp_tasks import DTYPE, Experiment, Task, steps_of
+from minihyperflows.studies.dhp_tasks import DTYPE, EXPERIMENTS, Experiment, Task, steps_of
 from minihyperflows.studies.gradient_flow_runs import Ranking, scorer
+from minihyperflows.studies.options import choice, parse_fraction, seeds, values
 
 WEIGHT, FILTER, WHOLE = "weight", "filter", ""
 SCORES = ("random", "magnitude", "loss", "biased-loss", "grasp-200", "preserve-1")
@@ -47,6 +51,9 @@ METHODS = {
     WEIGHT: ("hyperflows", *SCORES),
     FILTER: (*SCORES, "dhp", "dhp-free", "uniform"),
 }
+
+COUNTED = (MACS, WEIGHTS)
+CLASSIFIERS = [name for name in EXPERIMENTS if not name.startswith("dncnn")]
 
 # fractions of the steps
 START, END, LANDING = 0.1, 0.5, 0.6  # of pruning; of it; when the last weights have come back
@@ -65,16 +72,23 @@ PRESENCES, IMAGES, DRAWS = range(10, 13)  # streams of random numbers of a seed
 Row: TypeAlias = dict[str, Any]
 
 
+def parse_level(text: str) -> str:
+    """The type of the option of a level; that of the dense network is "whole" there."""
+    if text not in ("whole", WEIGHT, FILTER):
+        raise UserError(f"there is no level {text!r}; choose from whole, {WEIGHT}, {FILTER}")
+    return WHOLE if text == "whole" else text
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """What identifies a run. The dense network counts nothing and has no target: "" for both."""
 
-    network: str
-    level: str
-    method: str
-    counted: str
-    target: float | str
-    seed: int
+    network: str = choice(*CLASSIFIERS, default=["conv-digits"], others=("--networks",))
+    level: str = values(parse_level, *METHODS, others=("--levels",), help="whole, weight, filter")
+    method: str = choice(*dict.fromkeys(chain(*METHODS.values())), others=("--methods",))
+    counted: str = choice(*COUNTED)
+    target: float | str = values(parse_fraction, 0.3, 0.1, others=("--targets",))
+    seed: int = seeds(5)
 
     @property
     def goal(self) -> float:

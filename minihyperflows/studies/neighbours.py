@@ -1,7 +1,7 @@
 """Hyperflows and its neighbours side by side: the same network, data, steps and final size.
 
-    python -m minihyperflows.studies.neighbours --networks conv-mnist --data-dir DIR --out FILE
-    python -m minihyperflows.studies.neighbours --out FILE --table
+    minihyperflows study neighbours --network conv-mnist --data-dir DIR --out FILE
+    minihyperflows study neighbours --out FILE --table
 
 Networks and schedules are experiments of :mod:`dhp_tasks`. All runs of a seed begin with the same
 weights, read the same batches in the same order, and have the same number of steps, with the
@@ -31,37 +31,29 @@ latents stay. All groups of channels can be pruned, in DHP those that the classi
 Other columns: ``macs_ratio`` and ``weights_ratio``, what is left of both; ``widths`` (filters) or
 ``densities`` by layer (weights); ``steps``, of which ``search_steps`` before a search ended;
 ``cpu_seconds`` of the processor for the whole run; ``steering_error``: by how much of all that is
-counted the pressure missed what it aims at, before regrowth. The file is the state: a run that has
-its row is not repeated; ``--join FILE...`` takes over those of others.
+counted the pressure missed what it aims at, before regrowth.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import math
 import statistics
 import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from minihyperflows.errors import UserError
 from minihyperflows.flows.law import mean_half_width
-from minihyperflows.lab.console import Parser
-from minihyperflows.lab.records import adds_to_table, join_records, read_records, write_records
-from minihyperflows.lab.runs import provenance
 from minihyperflows.nn import Module, weighted_layers
 from minihyperflows.related.channels import channel_groups, sizes
-from minihyperflows.studies.command import DIGITS, parse_fraction, parse_seed, reporting
-from minihyperflows.studies.dhp_runs import MACS, WEIGHTS
 from minihyperflows.studies.dhp_tables import text_of
 from minihyperflows.studies.dhp_tasks import DTYPE, EXPERIMENTS, Experiment, Task
+from minihyperflows.studies.frame import Bench, Study, main
 from minihyperflows.studies.neighbour_methods import (
+    COUNTED,
     FILTER,
     METHOD_OF,
     METHODS,
@@ -73,11 +65,7 @@ from minihyperflows.studies.neighbour_methods import (
     prices,
     require_possible,
 )
-
-MODULE = "minihyperflows.studies.neighbours"
-COUNTED = (MACS, WEIGHTS)
-TARGETS = (0.3, 0.1)
-SEEDS = (0, 1, 2, 3, 4)
+from minihyperflows.studies.options import DIGITS
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(Run))
 TABLE = (*COLUMNS, "score", "cpu_seconds")  # what the reader of a record needs
@@ -87,7 +75,7 @@ TABLE = (*COLUMNS, "score", "cpu_seconds")  # what the reader of a record needs
 
 
 def do(run: Run, experiment: Experiment, task: Task) -> Row:
-    """Do a run: its row."""
+    """Do a run: what it came to."""
     contest, began = Contest(experiment, task, run), time.process_time()
     net = METHOD_OF[run.level, run.method](contest)
     seconds = time.process_time() - began
@@ -100,30 +88,13 @@ def do(run: Run, experiment: Experiment, task: Task) -> Row:
     else:
         layers = weighted_layers(net).items()
         row["densities"] = ", ".join(f"{n} {(m.weight.data != 0).mean():.4f}" for n, m in layers)
-    row |= {"steps": contest.steps, "cpu_seconds": seconds} | contest.report
-    return row | provenance(np.dtype(DTYPE).name, command_of(run))
+    return row | {"steps": contest.steps, "cpu_seconds": seconds} | contest.report
 
 
 def cost_of(net: Module, image: tuple[int, ...], counted: str) -> int:
     """The multiplications with weights that are not 0, or the number of these weights."""
     price = prices(net, image, counted)
     return price_of({n: m.weight.data != 0 for n, m in weighted_layers(net).items()}, price)
-
-
-def command_of(run: Run) -> str:
-    """The command that repeats a run."""
-    words = [f"--networks {run.network} --levels {run.level or 'whole'} --methods {run.method}"]
-    if run.level:
-        words.append(f"--counted {run.counted} --targets {run.target:g}")
-    words.append(f"--seeds {run.seed}")
-    if EXPERIMENTS[run.network].dataset != "digits":
-        words.append("--data-dir DIR")
-    return f"python -m {MODULE} {' '.join(words)} --out FILE"
-
-
-def identity(row: Row) -> Run:
-    """The run that a row belongs to."""
-    return Run(*(row[name] for name in COLUMNS))
 
 
 # -- reading the table ---------------------------------------------------------------------------
@@ -199,21 +170,7 @@ def _median(values: Iterable[float]) -> float:
     return statistics.median(numbers) if numbers else math.nan
 
 
-# -- the command ---------------------------------------------------------------------------------
-
-
-def plan(options: argparse.Namespace) -> list[Run]:
-    """The runs that were asked for, each once, seed by seed."""
-    found = []
-    for network, seed in itertools.product(options.networks, options.seeds):
-        for level in options.levels:
-            for method in METHODS[level]:
-                if options.methods and method not in options.methods:
-                    continue
-                goals = itertools.product(options.counted, options.targets)
-                for counted, target in goals if level else [("", "")]:
-                    found.append(Run(network, level, method, counted, target, seed))
-    return list(dict.fromkeys(found))
+# -- the study -----------------------------------------------------------------------------------
 
 
 def experiment_of(network: str) -> Experiment:
@@ -222,60 +179,44 @@ def experiment_of(network: str) -> Experiment:
     return dataclasses.replace(EXPERIMENTS[network], classifier_keeps=0.0, check_every=1)
 
 
-@adds_to_table
-def run_study(options: argparse.Namespace) -> list[Row]:
-    """Do the runs that are not in the table yet; returns all rows."""
-    rows = join_records(options.out, options.join, identity, TABLE)
-    if options.join:
-        write_records(options.out, rows, digits=DIGITS)
-        return rows
-    wanted = plan(options)
-    if not wanted:
-        raise UserError("no run was asked for: none of these levels has one of these methods")
-    done = {identity(row) for row in rows}
-    missing = [run for run in wanted if run not in done]
-    names = dict.fromkeys(run.network for run in missing)
-    tasks = {name: experiment_of(name).load(options.data_dir) for name in names}
-    for run in dict.fromkeys(dataclasses.replace(run, seed=0) for run in missing):
-        require_possible(Contest(experiment_of(run.network), tasks[run.network], run))
-    for run in tqdm(missing, unit="run", disable=options.quiet):
-        rows.append(do(run, experiment_of(run.network), tasks[run.network]))
-        write_records(options.out, rows, digits=DIGITS)
-    return rows
+class Neighbours(Study[Run]):
+    """Hyperflows and its neighbours side by side: the same network, data, steps and final size."""
+
+    name, Setting, digits = "neighbours", Run, DIGITS
+    columns = TABLE
+
+    def plan(self, chosen: dict[str, tuple[Any, ...]]) -> Iterable[Run]:
+        for network, seed in itertools.product(chosen["network"], chosen["seed"]):
+            for level in chosen["level"]:
+                for method in (m for m in METHODS[level] if m in chosen["method"]):
+                    goals = itertools.product(chosen["counted"], chosen["target"])
+                    for counted, target in goals if level else [("", "")]:
+                        yield Run(network, level, method, counted, target, seed)
+
+    def dataset(self, s: Run) -> str:
+        return EXPERIMENTS[s.network].dataset
+
+    def dtype(self, s: Run) -> str:
+        return np.dtype(DTYPE).name
+
+    def task(self, s: Run, bench: Bench) -> Task:
+        """The data and what is done with them."""
+        load = experiment_of(s.network).load
+        return bench.shared(("task", s.network), lambda: load(bench.data_dir))
+
+    def check(self, s: Run, bench: Bench) -> None:
+        first, task = dataclasses.replace(s, seed=0), self.task(s, bench)
+        contest = Contest(experiment_of(s.network), task, first)
+        bench.shared((first,), lambda: require_possible(contest))
+
+    def run(self, s: Run, bench: Bench) -> Row:
+        return do(s, experiment_of(s.network), self.task(s, bench))
+
+    def report(self, rows: Sequence[Row]) -> str:
+        return markdown(rows)
 
 
-@reporting()
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; see the module's text."""
-    options = parse(arguments)
-    if options.table:
-        print(markdown(read_records(options.out, TABLE)))
-    else:
-        run_study(options)
-
-
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options."""
-    parser = Parser(prog=f"python -m {MODULE}", description=(__doc__ or "").splitlines()[0])
-    methods = tuple(dict.fromkeys(itertools.chain(*METHODS.values())))
-    levels = tuple(level or "whole" for level in METHODS)
-    add = parser.add_argument
-    classifiers = [name for name, e in EXPERIMENTS.items() if not name.startswith("dncnn")]
-    add("--networks", nargs="+", choices=classifiers, default=["conv-digits"])
-    add("--levels", nargs="+", choices=levels, default=levels)
-    add("--methods", nargs="+", choices=methods, help="some methods only")
-    add("--counted", nargs="+", choices=COUNTED, default=COUNTED)
-    add("--targets", nargs="+", type=parse_fraction, default=TARGETS, help="fractions left")
-    add("--seeds", nargs="+", type=parse_seed, default=SEEDS)
-    add("--data-dir", help="where MNIST and CIFAR lie")
-    add("--join", nargs="+", type=Path, default=(), metavar="FILE", help="take over their runs")
-    add("--table", action="store_true", help="print what FILE holds, in Markdown")
-    add("--quiet", action="store_true", help="no progress bar")
-    add("--out", type=Path, required=True, metavar="FILE", help="the CSV file, continued if there")
-    options = parser.parse_args(arguments)
-    options.levels = tuple(WHOLE if level == "whole" else level for level in options.levels)
-    return options
-
+STUDY = Neighbours()
 
 if __name__ == "__main__":
-    main()
+    main(STUDY, listed=True)

@@ -311,9 +311,10 @@ def test_an_attempt_waits_for_the_one_before(
 
 
 def test_studies_exclude_each_other(tmp_path: Path) -> None:
-    from minihyperflows.studies import frame, neighbours
+    from minihyperflows.studies import frame
 
-    for main_of in (partial(frame.main, frame.find("targets")), neighbours.main):
+    for name in ("targets", "pruning_law"):
+        main_of = partial(frame.main, frame.find(name))
         with records.writing(tmp_path / "a.csv"), pytest.raises(SystemExit) as stop:
             main_of(["--out", str(tmp_path / "a.csv")])
         assert stop.value.code == 2

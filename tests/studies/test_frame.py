@@ -241,6 +241,7 @@ STUDIES = frame.studies()
 RECORDS = {
     "alternatives": ["alternatives"],
     "equilibrium": ["equilibrium"],
+    "neighbours": ["neighbours"],
     "pruning_law": ["pruning-law", "staircase-vgg"],
     "regrowth": ["regrowth"],
     "removal": ["removal-lenet"],

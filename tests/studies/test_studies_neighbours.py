@@ -17,7 +17,7 @@ from minihyperflows.errors import UserError
 from minihyperflows.lab.records import read_records, write_records
 from minihyperflows.nn import Module
 from minihyperflows.related.ranking import kept_fraction
-from minihyperflows.studies import gradient_flow_runs, neighbours
+from minihyperflows.studies import frame, gradient_flow_runs, neighbours
 from minihyperflows.studies import neighbour_methods as methods
 from minihyperflows.studies.dhp_runs import NETWORK, Course, from_scratch, stream, train
 from minihyperflows.studies.dhp_tables import widths_of
@@ -38,7 +38,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def study(out: Path, *words: str) -> list[dict[str, Any]]:
-    neighbours.main(["--out", str(out), "--quiet", *words])
+    frame.main(neighbours.STUDY, ["--out", str(out), "--quiet", *words], listed=True)
     return read_records(out)
 
 
@@ -60,7 +60,7 @@ def test_all_methods_end_at_the_same_size_after_the_same_steps(tmp_path: Path) -
         assert 0.05 < row["score"] <= 1
         assert row["cpu_seconds"] > 0
         assert {"commit", "date", "device", "dtype", "numpy"} <= row.keys()
-        assert f"--methods {row['method']} " in row["command"]
+        assert f"--method {row['method']} " in row["command"]
         assert "--data-dir" not in row["command"]
         if row["method"] == "dense":
             assert row["macs_ratio"] == row["weights_ratio"] == 1
@@ -93,7 +93,7 @@ def test_a_run_depends_on_its_own_seed_only(tmp_path: Path) -> None:
     before = (tmp_path / "a.csv").read_bytes()
     study(tmp_path / "a.csv", *words, "--seeds", "1")
     assert (tmp_path / "a.csv").read_bytes() == before
-    other = rows[3]["command"].split()[3:-2]  # after python -m MODULE, before --out FILE
+    other = rows[3]["command"].split()[3:-2]  # after minihyperflows study neighbours
     (again,) = study(tmp_path / "b.csv", *other)
     same = ("score", "densities", "macs_ratio", "weights_ratio", "steps", "command")
     assert [again[name] for name in same] == [rows[3][name] for name in same]
@@ -240,7 +240,7 @@ def test_the_table_says_what_the_record_says(
     cell = neighbours.cells(read_records(tmp_path / "a.csv"))[key]
     assert (cell.mean, cell.seeds, cell.cost) == (pytest.approx(0.91), 2, 1.5)
     assert cell.half_width == pytest.approx(12.706 * 0.01, rel=1e-3)  # Student, one degree
-    neighbours.main(["--out", str(tmp_path / "a.csv"), "--table"])
+    frame.main(neighbours.STUDY, ["--out", str(tmp_path / "a.csv"), "--table"])
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
         "| level | method | conv-digits, 10% of macs | time |",
