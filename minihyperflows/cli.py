@@ -423,7 +423,7 @@ def list_fields() -> None:
     for field, kind in NAMED.items():
         for name in registry.names(kind) if kind in registry.DECIDED else ():
             for option, range_ in registry.options_of(kind, name).items():
-                print(f"{f'{field}_options.{option}':<28}{'':<22}{range_.words} ({name})")
+                print(f"{f'{field}_options.{option}':<50}{range_.words} ({name})")
 
 
 def print_info(_: argparse.Namespace) -> None:

@@ -86,7 +86,8 @@ def blame(error: BaseException) -> str | None:
     """An exception that passed through a plugin, in one line: what, and where in the plugin; None
     if it did not, so that it is our mistake."""
     place = _line(error, set(_imported))
-    return f"{type(error).__name__}: {error} ({place})" if place else None
+    text = f"{type(error).__name__}: {error}"
+    return f"{' '.join(text.splitlines())} ({place})" if place else None
 
 
 def _line(error: BaseException, files: set[str]) -> str | None:

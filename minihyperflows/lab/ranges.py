@@ -231,7 +231,7 @@ def options_of(function: Callable[..., Any], without: tuple[str, ...]) -> dict[s
     """What the arguments of a function may be, by its annotations; other types: anything."""
     by_type = {float: number(), int: whole(0), bool: yes_or_no(), str: text()}
     try:
-        hints = get_type_hints(function)
+        hints = get_type_hints(function.__init__ if inspect.isclass(function) else function)
     except (NameError, TypeError, AttributeError):  # annotations for readers alone
         hints = {}
     return {

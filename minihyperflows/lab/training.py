@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 import time
 import warnings
@@ -267,7 +268,11 @@ class Trainer:
         if self.scheduler is None:
             assert self.recipe.pressure.gamma is not None
             return self.recipe.pressure.gamma
-        return float(self.scheduler.gamma)
+        gamma = float(self.scheduler.gamma)
+        if not math.isfinite(gamma):
+            name = self.recipe.pressure.scheduler
+            raise UserError(f"the scheduler {name!r} asks for a gamma of {gamma}")
+        return gamma
 
     def batches(self) -> Generator[tuple[Tensor, np.ndarray]]:
         """The training set in a new random order; the last batch may be smaller."""

@@ -153,6 +153,16 @@ class Optimizer:
     def update_block(
         self, theta: Array, gradient: Array, slots: list[Array], step: int, scratch: Array
     ) -> None:
+        """The rule of an optimiser, for a block of one parameter: override this.
+
+        Args:
+            theta: (K,) the parameters, to be changed in place.
+            gradient: (K,) of the same; to be left as it is.
+            slots: the arrays kept between steps, (K,) each, in the order of ``slots``, 0 before the
+                first step; to be changed in place.
+            step: the number of the step, from 1.
+            scratch: (2, K) to compute in.
+        """
         raise NotImplementedError
 
     # -- saving and loading ----------------------------------------------------------------------

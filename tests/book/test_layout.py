@@ -353,7 +353,7 @@ def test_the_public_contract() -> None:
             *("PressureScheduler", "FlowRecorder", "fit_power_law"),
         ],
         related: ["importance", "hessian_gradient_product", "dhp"],
-        lab: ["load", "train", "run"],
+        lab: ["load", "train", "run", "register", "Dataset", "Trainer"],
         testing: [
             *("assert_close", "numerical_gradient", "check_grad", "check_complex_step"),
             *("check_function", "check_module", "check_surrogate", "check_optimizer"),

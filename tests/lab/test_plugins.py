@@ -18,7 +18,7 @@ from support import moments, program
 
 from minihyperflows import flows, lab, nn, optim, testing
 from minihyperflows.cli import main
-from minihyperflows.lab import plugins, registry, runs, sweep
+from minihyperflows.lab import plugins, registry, runs, sweep, workers
 from minihyperflows.lab.plugins import load_plugins
 from minihyperflows.lab.recipes import find, unknown_names
 from minihyperflows.lab.training import make_optimizer, pressure_of, pressure_scheduler
@@ -528,6 +528,42 @@ def test_an_exception_of_a_plugin_is_a_line(tmp_path, capsys):
     assert main(command) == 2
     *_, line = capsys.readouterr().err.splitlines()
     assert line == f"error: KeyError: 'no' ({file}, line 7)"
+
+
+@pytest.mark.parametrize("gamma", ["nan", "inf", "-inf"])
+def test_a_pressure_that_is_no_number_is_the_schedulers(gamma, tmp_path):
+    class Bad(flows.PressureScheduler):
+        def update(self, period, density):
+            self.broken = True
+
+        @property
+        def gamma(self):
+            return float(gamma) if hasattr(self, "broken") else 1.0
+
+    lab.register("scheduler", "bad")(Bad)
+    recipe = QUICK.with_fields({"pressure.scheduler": "bad"})
+    with pytest.raises(lab.UserError, match=f"the scheduler 'bad' asks for a gamma of {gamma}"):
+        lab.run(recipe, tmp_path / "run", progress=False)
+
+
+def test_the_place_in_a_plugin_is_told_in_one_line(tmp_path):
+    text = "from minihyperflows import lab\ndef f():\n    raise RuntimeError('two\\nlines')\n"
+    text += "lab.register('score', 'f')(lambda a, b, c: f())\n"
+    file = write(tmp_path / "two lines.py", text)
+    load_plugins([file])
+    with pytest.raises(RuntimeError) as error:
+        registry.find("score", "f")(None, None, None)
+    assert plugins.blame(error.value) == f"RuntimeError: two lines ({file}, line 3)"
+    assert workers.describe(error.value) == plugins.blame(error.value)
+    with pytest.raises(ZeroDivisionError) as ours:
+        1 / 0  # noqa: B018
+    assert plugins.blame(ours.value) is None
+
+
+def test_the_options_of_a_class_are_those_of_its_beginning():
+    recipe = lab.RECIPES["lenet300-digits"]
+    with pytest.raises(lab.UserError, match=r"optimizer_options\.eps is a finite number, not 'x'"):
+        recipe.with_fields({"dense.optimizer_options.eps": "x"})
 
 
 def test_an_exception_of_ours_is_not_blamed_on_a_plugin(tmp_path, monkeypatch):
