@@ -117,10 +117,10 @@ def _case(factory: Callable[..., Function], *inputs: Any, single: tuple[int, ...
     return Case(lambda xp: factory(), inputs, single)
 
 
-def _normalise(xp: ModuleType) -> Function:
+def _normalise(xp: ModuleType, relu: bool = False) -> Function:
     """Batch norm with given statistics of 24 channels."""
     mean, var = np.linspace(-1, 1, 24, dtype=np.float32), np.linspace(0.5, 2, 24, dtype=np.float32)
-    return norm.Normalise(xp.asarray(mean), xp.asarray(var))
+    return norm.Normalise(xp.asarray(mean), xp.asarray(var), relu=relu)
 
 
 CASES: tuple[Case, ...] = (
@@ -172,6 +172,7 @@ CASES: tuple[Case, ...] = (
         single=(1, 2),
     ),
     Case(_normalise, ((8, 4, 4, 24), (24,), (24,), (8, 4, 4, 24)), single=(1, 2)),
+    Case(partial(_normalise, relu=True), ((8, 4, 4, 24), (24,), (24,)), single=(1, 2)),
     _case(Gate, (5, 7)),
     _case(GatedWeight, (5, 7), (5, 7)),
     _case(MeanPresence, (3, 5), (7,)),

@@ -129,7 +129,7 @@ def forward(function: Function, inputs: list[Any]) -> Array:
 def whole_as_floats(function: Function, inputs: list[Any]) -> list[Any]:
     """``inputs`` with whole numbers converted where ``function`` needs floats, or meets some.
 
-    All that is left of the rule on another device: point 4.
+    On another device the rest happens by itself: point 4.
     """
     whole = [hasattr(a, "dtype") and is_whole(a.dtype) for a in inputs]
     if function.arithmetic is None or not any(whole):

@@ -73,8 +73,8 @@ def twin_of(function: Function, arrays: list[Any]) -> Function:
 def forward(function: Function, arrays: list[Any]) -> tuple[Function, Array]:
     """The function that computes ``function`` of these arrays of a GPU, and the result.
 
-    Of the rule of :mod:`~minihyperflows.engine.numbers` only whole numbers are a matter of concern
-    here: kernels and CuPy compute with half precision as it should be, also beside float32.
+    Only whole numbers are converted first. Kernels and CuPy take half precision as it is, also
+    beside float32, and compute as :mod:`~minihyperflows.engine.numbers` demands.
     """
     arrays = numbers.whole_as_floats(function, arrays)
     twin = twin_of(function, arrays)
