@@ -175,6 +175,10 @@ class Study(Generic[S]):
         """What tells the setting from all others, as it stands in a table."""
         return tuple(self._cell(getattr(s, name)) for name in self.identity)
 
+    def keys(self, s: S) -> list[tuple[Any, ...]]:
+        """Those of all rows of a run, if they are not the same."""
+        return [self.key(s)]
+
     def key_of(self, row: Row) -> tuple[Any, ...]:
         """:meth:`key` of the setting that a row belongs to."""
         cells = (row[name] if name in row else self.added(row, name) for name in self.identity)
@@ -191,8 +195,11 @@ class Study(Generic[S]):
     def command(self, s: S, device: str = "cpu") -> str:
         """What repeats a run: the inverse of :func:`parser_of`."""
         words = ["minihyperflows", "study", self.name]
-        for name in options_of(self.Setting):
-            if (value := getattr(s, name)) not in (None, ""):
+        for name, option in options_of(self.Setting).items():
+            value = getattr(s, name)
+            if option.several and isinstance(value, tuple):
+                words += [flag(name), *map(str, value)]
+            elif value not in (None, ""):
                 words += [flag(name), text_of(value)]
         words += ["--data-dir", "DIR"] if self.dataset(s) not in WITH_THE_PACKAGE else []
         words += ["--device", device] if device != "cpu" else []
@@ -239,7 +246,7 @@ def parser_of(study: Study[Any]) -> Parser:
         as_it_is: dict[str, Any] = {
             "dest": name,
             "type": _type(option.parse),
-            "nargs": "+" if option.several else None,
+            "nargs": option.several or None,
             "choices": option.choices,
         }
         metavar = name.upper() if option.choices is None else None
@@ -340,7 +347,7 @@ def carry_out(study: Study[S], options: argparse.Namespace, settings: Sequence[S
         if options.join:
             record.join(*options.join)
             return record.tables[-1]
-        waiting = [s for s in settings if study.key(s) not in record.done]
+        waiting = [s for s in settings if not record.done.issuperset(study.keys(s))]
         bench = Bench(options.data_dir, options.device, options.out, record.tables[-1])
         for s in waiting:  # what cannot be done is noticed before anything is
             study.check(s, bench)
@@ -360,9 +367,15 @@ def _one_by_one(
     for s in settings:
         bar.set_description(_label(study, s))
         bench.tick = partial(_show_epoch, bar, itertools.count(1))
-        record.add(*study.tables(s, bench))
+        _add(study, record, study.tables(s, bench))
         study.recorded(s, bench.out)
         bar.update()
+
+
+def _add(study: Study[Any], record: Record, tables: Tables) -> None:
+    """Of a run with rows of several keys, some may be there already."""
+    *details, rows = tables
+    record.add(*details, [row for row in rows if study.key_of(row) not in record.done])
 
 
 def _show_epoch(bar: tqdm, epochs: Iterator[int]) -> None:
@@ -433,9 +446,9 @@ def _in_parallel(study: Study[S], pool: Any, jobs: list[Job], record: Record, ba
             job: Any = event.attempt
             if event.kind in (Kind.ROWS, Kind.FINISHED):
                 for tables in json.loads(event.reason):
-                    if (key := study.key_of(tables[-1][0])) not in record.done:
-                        record.add(*tables)
-                        (done,) = (s for s in job.settings if study.key(s) == key)
+                    key = study.key_of(tables[-1][0])
+                    for done in [s for s in job.settings if key in study.keys(s)]:
+                        _add(study, record, tables)
                         job.settings.remove(done)
                         study.recorded(done, job.out)
                         bar.update()

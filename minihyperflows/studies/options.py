@@ -80,7 +80,8 @@ class Option:
     Attributes:
         parse: text to value.
         defaults: the values if none is given.
-        several: whether runs go through several values, or all runs of a command have the same.
+        several: "+" where runs go through several values (or "*", as many as none), "" where all
+            runs of a command have the same.
         choices: the values that there are; None: whatever can be parsed.
         others: further names of the option, those it had in the past for example.
         identity: whether it tells runs apart; else it is only a column.
@@ -88,7 +89,7 @@ class Option:
 
     parse: Callable[[str], Any]
     defaults: tuple[Any, ...]
-    several: bool = True
+    several: str = "+"
     choices: tuple[Any, ...] | None = None
     others: tuple[str, ...] = ()
     identity: bool = True
@@ -107,7 +108,7 @@ def values(parse: Callable[[str], Any], *defaults: Any, **more: Any) -> Any:
 
 def one(parse: Callable[[str], Any], default: Any = None, **more: Any) -> Any:
     """A field that has the same value in all runs of a command."""
-    return _field(Option(parse, (default,), several=False, **more))
+    return _field(Option(parse, (default,), several="", **more))
 
 
 def seeds(count: int) -> Any:

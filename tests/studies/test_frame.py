@@ -241,6 +241,7 @@ STUDIES = frame.studies()
 RECORDS = {
     "alternatives": ["alternatives"],
     "equilibrium": ["equilibrium"],
+    "gradient_flow_claims": ["gradient-flow-weights", "gradient-flow-filters"],
     "neighbours": ["neighbours"],
     "pruning_law": ["pruning-law", "staircase-vgg"],
     "regrowth": ["regrowth"],
@@ -258,7 +259,7 @@ def test_every_command_of_a_row_asks_for_that_run(name: str) -> None:
         words = shlex.split(study.command(setting))[3:]
         assert frame.parse(study, words)[1] == [setting]
         assert study.Setting.__dataclass_params__.frozen
-    assert options_of(study.Setting).keys() >= set(study.identity)
+    assert options_of(study.Setting).keys() | {"control"} >= set(study.identity)
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -268,7 +269,8 @@ def test_committed_records_are_continued(name: str, tmp_path: Path, monkeypatch)
     for record in RECORDS[name]:
         rows = read_records(RESULTS / f"{record}.csv", study.columns)
         settings = settings_of(study, rows)
-        assert {study.key(s) for s in settings} == {study.key_of(row) for row in rows}
+        keys = {key for s in settings for key in study.keys(s)}
+        assert keys == {study.key_of(row) for row in rows}
         for part in ("", *(f"-{part}" for part in study.parts)):
             original = RESULTS / f"{record}{part}.csv"
             (tmp_path / f"{record}{part}.csv").write_bytes(original.read_bytes())
@@ -292,10 +294,13 @@ def settings_of(study: frame.Study[Any], rows: list[dict[str, Any]]) -> list[Any
         words = [
             word
             for name, value in key.items()
-            if value != ""
+            if value != "" and name in options_of(study.Setting)
             for word in (f"--{name.replace('_', '-')}", str(value))
         ]
+        if "controls" in options_of(study.Setting):  # those that the run has rows of
+            same = [r for r in rows if study.key_of(r)[:-1] == study.key_of(row)[:-1]]
+            words += ["--controls", *(r["control"] for r in same if r["control"])]
         for setting in frame.parse(study, [*words, "--out", "x.csv"])[1]:
-            if study.key(setting) == tuple(key.values()):
+            if tuple(key.values()) in study.keys(setting):
                 found[study.key(setting)] = setting
     return list(found.values())
