@@ -165,9 +165,12 @@ def find(kind: str, name: str) -> Callable[..., Any]:
 
 
 def _choose(name: Any, known: tuple[str, ...]) -> str:
+    return f"choose one of {', '.join(known)}{_hint(name, known)}"
+
+
+def _hint(name: Any, known: tuple[str, ...]) -> str:
     near = difflib.get_close_matches(str(name), known, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"choose one of {', '.join(known)}{hint}"
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _same(there: Any, here: Any, of_a_plugin: bool) -> bool:
@@ -250,9 +253,9 @@ def options_of(kind: str, name: str) -> dict[str, ranges.Range]:
 def mistakes(kind: str, field: str, name: Any, options: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with the name in a recipe's ``field``, and with the options for it."""
     if name not in names(kind):
-        near = difflib.get_close_matches(name, names(kind), n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        yield f"{field} is {ranges.either(names(kind))}, not {ranges.shown(name)}{hint}"
+        known_names = names(kind)
+        wrong_name = f"{ranges.shown(name)}{_hint(name, known_names)}"
+        yield f"{field} is {ranges.either(known_names)}, not {wrong_name}"
         return
     if kind not in DECIDED:  # without options
         return

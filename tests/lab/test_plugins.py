@@ -299,7 +299,7 @@ def said(capsys):
     ("text", "words"),
     [
         (None, "cannot read the plugin .*: No such file or directory"),
-        ("folder", "cannot read the plugin .*: Is a directory"),
+        ("folder", "cannot read the plugin .*: (Is a directory|Permission denied)"),
         ("x = = 1\n", r"SyntaxError: invalid syntax \(line 1\)"),
         ("x = 1\n  y = 2\n", r"IndentationError: unexpected indent \(line 2\)"),
         ("x = 1\n\nraise KeyError('no')\n", r"KeyError: 'no' \(.*my plugin ü.py, line 3\)"),
@@ -370,9 +370,12 @@ def test_two_plugins_of_one_name(tmp_path):
     pressure_file(tmp_path / "b" / "p.py", 3, "one")
     with pytest.raises(lab.UserError, match=r"there is a pressure 'one' already, .*a.p\.py, line"):
         load_plugins([tmp_path / "b" / "p.py"])
-    twice = "from minihyperflows import lab\nfor _ in 'ab': lab.register('model', 'm')(lambda: 0)\n"
-    with pytest.raises(lab.UserError, match="there is a model 'm' already"):
-        load_plugins([write(tmp_path / "twice.py", twice)])
+    lambdas = "for _ in 'ab': lab.register('model', 'm')(lambda: 0)\n"
+    functions = "@lab.register('model', 'm')\ndef m():\n    pass\n" * 2
+    for twice in (lambdas, functions):
+        file = write(tmp_path / "twice.py", f"from minihyperflows import lab\n{twice}")
+        with pytest.raises(lab.UserError, match="there is a model 'm' already"):
+            load_plugins([file])
 
 
 # -- runs ------------------------------------------------------------------------------------------
