@@ -29,6 +29,7 @@ from minihyperflows.lab.checkpoint import (
 )
 from minihyperflows.lab.console import Parser, run_command, warn
 from minihyperflows.lab.folders import RunFolder, require_exportable, require_own_record
+from minihyperflows.lab.grammar import add_changes, changed
 from minihyperflows.lab.locks import locked_file
 from minihyperflows.lab.plugins import load_plugins
 from minihyperflows.lab.ranges import Range, number, shown, whole
@@ -102,18 +103,8 @@ def _add_prune(commands: Any) -> None:
         default=DEFAULT_RECIPE,
         help=f"see `recipes`, or a recipe.json; default {DEFAULT_RECIPE}",
     )
-    prune.add_argument(
-        "--target-sparsity", type=float, metavar="S", help="fraction of the weights to remove"
-    )
-    prune.add_argument(
-        "--gamma", type=float, metavar="G", help="a constant pressure: no target, no regrowth"
-    )
     _add_fields(prune)
-    prune.add_argument(
-        "--precision",
-        choices=("float16", "float32"),
-        help="of activations on a GPU; default: the recipe's, float16",
-    )
+    add_changes(prune, "prune")
     prune.add_argument("--seed", type=_seed, default=0, metavar="N")
     prune.add_argument("--out", type=named_path, metavar="DIR", help="default runs/RECIPE-S-seedN")
     prune.add_argument(
@@ -152,6 +143,7 @@ def _add_sweep(commands: Any) -> None:
         help="the table of results; default DIR/sweep.csv",
     )
     _add_fields(sweep)
+    add_changes(sweep, "sweep")
     sweep.add_argument(
         "--no-resume", action="store_true", help="start over, replacing the runs in the folder"
     )
@@ -179,21 +171,6 @@ def _add_fields(command: Any) -> None:
     )
     command.add_argument("--data-dir", type=Path, metavar="DIR", help="where MNIST or CIFAR lie")
     command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    command.add_argument(
-        "--epochs-scale",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="make every stage X times as long",
-    )
-    command.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="fields",
-        metavar="FIELD=VALUE",
-        help="change a field of the recipe, say pressure.floor=-0.3; repeatable",
-    )
 
 
 def _add_bench(commands: Any) -> None:
@@ -259,14 +236,8 @@ _factor = _of(number(above=0), float)
 def prune_network(options: argparse.Namespace) -> None:
     """``prune``: run a recipe, then print what came out."""
     recipe = _chosen_recipe(options)
-    if options.gamma is not None:
-        recipe = recipe.with_gamma(options.gamma)
-    if options.target_sparsity is not None:
-        recipe = recipe.with_target(options.target_sparsity)
-    if options.precision is not None:
-        if options.device == "cpu":
-            raise UserError(f"--precision is for --device cuda: a CPU computes in {recipe.dtype}")
-        recipe = dataclasses.replace(recipe, gpu_dtype=options.precision)
+    if options.precision is not None and options.device == "cpu":
+        raise UserError(f"--precision is for --device cuda: a CPU computes in {recipe.dtype}")
     out = options.out or default_folder(recipe, options.seed)
     folder = RunFolder(out)
     finished = folder.is_finished and not options.no_resume
@@ -301,21 +272,7 @@ def default_folder(recipe: Recipe, seed: int) -> Path:
 def _chosen_recipe(options: argparse.Namespace) -> Recipe:
     """The recipe that the options of prune and sweep name, with the fields they change."""
     load_plugins(options.plugins)
-    recipe = find_or_read(options.recipe)
-    if options.fields:
-        recipe = recipe.with_fields(dict(_field(text) for text in options.fields))
-    return recipe if options.epochs_scale == 1 else recipe.scaled(options.epochs_scale)
-
-
-def _field(text: str) -> tuple[str, Any]:
-    """``presence.init=[0.1,0.2]`` -> its name and value: JSON, or a text without quotes."""
-    name, separator, value = text.partition("=")
-    if not separator:
-        raise UserError(f"--set {text} has no value: write FIELD=VALUE")
-    try:
-        return name, json.loads(value)
-    except (ValueError, RecursionError):
-        return name, value
+    return changed(find_or_read(options.recipe), options)
 
 
 def _aim(recipe: Recipe) -> str:

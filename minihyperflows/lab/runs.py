@@ -48,10 +48,11 @@ from minihyperflows.lab.checkpoint import (
 )
 from minihyperflows.lab.checks import require_names, require_usable
 from minihyperflows.lab.folders import RunFolder, locked, remove
+from minihyperflows.lab.grammar import words_for
 from minihyperflows.lab.locks import Lock
 from minihyperflows.lab.networks import load
 from minihyperflows.lab.plugins import Paths, Plugin, load_plugins
-from minihyperflows.lab.recipes import RECIPES, Recipe, find, flat
+from minihyperflows.lab.recipes import Recipe, find, flat
 from minihyperflows.lab.training import METRICS, EpochRecord, Trainer, build_network
 from minihyperflows.nn import Module
 from minihyperflows.nn.counting import flops, sparse_flops
@@ -513,39 +514,12 @@ def summarise(
 
 def command_for(recipe: Recipe, seed: int, device: str, plugins: Sequence[Plugin] = ()) -> str:
     """The command line that repeats a run (give --data-dir where the data set needs one)."""
-    options = _options_for(recipe)
+    options = words_for(recipe, device)
     if options is None:
         return f"lab.run(recipe, out, device={device!r}, seed={seed}) with the recipe of this file"
     options += ["--device", device, "--seed", str(seed)]
-    if device == "cuda":
-        options += ["--precision", recipe.gpu_dtype]
     options += [word for plugin in plugins for word in ("--plugin", plugin.path)]
     return shlex.join(["minihyperflows", "prune", recipe.name, *options])
-
-
-def _options_for(recipe: Recipe) -> list[str] | None:
-    """The options that make the recipe of that name this one; None if none do."""
-    known = RECIPES.get(recipe.name)
-    if known is None:
-        return None
-    target, gamma = recipe.target_sparsity, recipe.pressure.gamma
-    if target is None and gamma is not None:
-        known = known.with_gamma(gamma)
-        options = ["--gamma", to_json(gamma)]
-    else:
-        known = dataclasses.replace(known, target_sparsity=target)
-        options = ["--target-sparsity", to_json(target)]
-    known = dataclasses.replace(known, gpu_dtype=recipe.gpu_dtype)
-    here, there = flat(as_json(recipe)), flat(as_json(known))
-    changes = {name: value for name, value in here.items() if value != there.get(name)}
-    try:
-        if known.with_fields(changes) != recipe:
-            return None
-    except UserError:  # a recipe that was made by hand
-        return None
-    for name, value in changes.items():
-        options += ["--set", f"{name}={to_json(value, separators=(',', ':'))}"]
-    return options
 
 
 def versions() -> dict[str, str]:
