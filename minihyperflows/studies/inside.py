@@ -63,8 +63,9 @@ from minihyperflows.data.datasets import Dataset, load
 from minihyperflows.errors import UserError
 from minihyperflows.flows.gates import gated_layers, is_present
 from minihyperflows.flows.stages import PRUNING
-from minihyperflows.lab.checkpoint import load_checkpoint, save_checkpoint
+from minihyperflows.lab.checkpoint import is_temporary, load_checkpoint, save_checkpoint
 from minihyperflows.lab.console import Parser
+from minihyperflows.lab.folders import foreign
 from minihyperflows.lab.locks import locked
 from minihyperflows.lab.recipes import Recipe, find
 from minihyperflows.lab.records import write_records
@@ -272,8 +273,19 @@ class Study:
         return self.file(name).exists()
 
     def read(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Arrays and values of a run."""
-        return load_checkpoint(self.file(name), "delete it, and do that run again")
+        """Arrays and values of a run.
+
+        Raises:
+            UserError: the file is damaged, or of another recipe.
+        """
+        arrays, values = load_checkpoint(self.file(name), "delete it, and do that run again")
+        recipe = values.get("row", values).get("recipe", self.recipe.name)  # not in older networks
+        if recipe != self.recipe.name:
+            raise UserError(
+                f"{self.file(name)} is a run of {recipe}, not of {self.recipe.name}: choose "
+                "another folder with --out"
+            )
+        return arrays, values
 
     def dense(self, run: Pruning) -> tuple[dict[str, np.ndarray], float]:
         """The network a pruning begins with, made if it is not there, and its test accuracy."""
@@ -281,7 +293,8 @@ class Study:
         if not self.has(name):
             epochs = self.recipe.dense.epochs if run.trained else 0
             state, accuracy = train_dense(self.recipe, self.data, run.dense, epochs)
-            save_checkpoint(self.file(name), state, {"accuracy": accuracy})
+            about = {"accuracy": accuracy, "recipe": self.recipe.name}
+            save_checkpoint(self.file(name), state, about)
         state, values = self.read(name)
         return state, values["accuracy"]
 
@@ -432,6 +445,18 @@ TABLES = {
 }
 
 
+def require_ours(folder: Path) -> None:
+    """Raise UserError if there is something in the folder that this study does not write."""
+    runs = {*RUNS, *(run.begin for run in RUNS.values() if isinstance(run, Pruning))}
+    names = {*(f"{name}.safetensors" for name in runs), *(f"{name}.csv" for name in TABLES)}
+    others = foreign(folder, lambda e: e.name in names or is_temporary(e.name, names))
+    if others:
+        raise UserError(
+            f"{folder} holds {others[0]}, which is not of this study: choose another folder with "
+            "--out"
+        )
+
+
 def write_tables(study: Study) -> None:
     """Write the tables that have rows."""
     for name, make in TABLES.items():
@@ -458,11 +483,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recipe = find(options.recipe).with_fields(SHORT)
     if recipe.model != "lenet300":
         raise UserError(f"this study looks into LeNet-300, not into {recipe.model}")
+    require_ours(options.out)
     with locked(options.out):
+        require_ours(options.out)  # another process may have written to it in between
         study = Study(options.out, recipe, load(recipe.dataset, options.data_dir))
         if options.action == "tables":
             write_tables(study)
             return
+        for name in filter(study.has, names):
+            study.read(name)
         for name in tqdm([name for name in names if not study.has(name)], unit="run"):
             words = ["python", "-m", MODULE, "run", name, "--recipe", recipe.name]
             study.do(RUNS[name], f"{shlex.join(words)} --data-dir DIR --out FOLDER")

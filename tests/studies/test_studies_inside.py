@@ -195,3 +195,27 @@ def test_command_does_what_is_missing(
     assert error.count("\n") == 1
     with pytest.raises(SystemExit, match="2"):
         inside.main(["run", "--recipe", "vgg19-cifar10", "--out", str(folder)])
+
+
+def test_a_folder_of_something_else_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.csv").write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        inside.main(["tables", "--recipe", "lenet300-digits", "--out", str(tmp_path)])
+    assert stop.value.code == 2
+    assert "holds thesis.csv, which is not of this study" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.csv"]
+
+
+@pytest.mark.slow
+def test_a_run_of_another_recipe_is_not_taken_for_done(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor is the dense network of another one pruned."""
+    study = inside.Study(folder, lab.RECIPES["lenet300-mnist"], lab.load("digits"))
+    for name in (FIRST, "dense0"):
+        with pytest.raises(
+            lab.UserError, match="is a run of lenet300-digits, not of lenet300-mnist"
+        ):
+            study.read(name)
