@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,8 @@ from pathlib import Path
 import pytest
 from support import REPOSITORY, RESULTS
 
+from minihyperflows.cli import main
+from minihyperflows.lab import registry
 from minihyperflows.lab.records import Row, read_records
 
 FRONT = REPOSITORY / "README.md"
@@ -123,3 +127,39 @@ def test_every_record_is_described() -> None:
     text = ALL.read_text(encoding="utf-8")
     files = {path.name for path in RESULTS.iterdir() if path.name != "README.md"}
     assert not {name for name in files if f"`{name}`" not in text}
+
+
+def block(heading: str, language: str) -> str:
+    """The first code of a language under a heading of the front page."""
+    text = FRONT.read_text(encoding="utf-8").partition(f"## {heading}\n")[2]
+    return text.partition(f"```{language}\n")[2].partition("```")[0]
+
+
+@pytest.mark.slow
+def test_the_twelve_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(block("In twelve lines", "python"), "README.md", "exec"), {})
+    found = re.fullmatch(r"(.*)% of the weights left, accuracy (.*)%\n", capsys.readouterr().out)
+    assert found
+    told = re.search(
+        r"# prints (.*)% of the weights left, accuracy (.*)%", FRONT.read_text("utf-8")
+    )
+    assert told
+    print(found.group(), told.group())
+    assert float(found[1]) == pytest.approx(float(told[1]), abs=0.5)  # of float32, with any BLAS
+    assert float(found[2]) == pytest.approx(float(told[2]), abs=1)
+
+
+def test_the_plugin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("squares.py").write_text(block("Extending it", "python"), encoding="utf-8")
+    program, *words = shlex.split(block("Extending it", "bash"))
+    assert program == "minihyperflows"
+    try:
+        assert main([*words, "--epochs-scale", "0.02", "--out", "run"]) == 0
+    finally:
+        registry.forget(os.path.realpath("squares.py"))
+    recipe = json.loads(Path("run/recipe.json").read_text(encoding="utf-8"))
+    assert recipe["pressure"]["kind"] == "squares"
+    assert [Path(plugin["path"]).name for plugin in recipe["plugins"]] == ["squares.py"]
