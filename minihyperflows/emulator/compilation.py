@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -88,7 +89,7 @@ def compiled(text: str, include: tuple[str, ...] = ()) -> ctypes.CDLL:
     name = hashlib.sha256("\0".join((text, *include)).encode()).hexdigest()[:16]
     library = _folder() / f"{name}.so"
     if not library.exists():  # else another process has compiled it
-        new = _folder() / f"{name}-{os.getpid()}.so"
+        new = _folder() / f"{name}-{os.getpid()}-{threading.get_ident()}.so"
         folders = [f"-I{folder}" for folder in (str(HERE), *include)]
         arguments = [command, *FLAGS, *folders, "-o", str(new), "-x", "c++", "-"]
         result = subprocess.run(arguments, input=text, capture_output=True, text=True)

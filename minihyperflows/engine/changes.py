@@ -44,7 +44,7 @@ class Version(NamedTuple):
 
 
 def look(array: np.ndarray) -> bytes:
-    """The numbers of ``array``, or those at every k-th place, of which there are 97 or more.
+    """The numbers of ``array``, or those at every k-th place: 97 or more.
 
     k is odd and about a 97th of the size, which shares no factor with a batch of 32, 100 or 128
     images. So the places wander over the whole image, not along one column or its border.

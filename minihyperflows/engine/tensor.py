@@ -245,7 +245,7 @@ def apply(function: Function, *inputs: Any) -> Tensor:
     Raises:
         DeviceError: the inputs lie on different devices.
         GraphError: the function was applied already.
-        TypeError: ``function`` is no Function, or an input holds no numbers.
+        TypeError: ``function`` is not a Function, or an input holds no numbers.
     """
     if not isinstance(function, Function):
         raise TypeError(f"apply needs a Function instance, as in apply(Exp(), x), not {function}")

@@ -307,7 +307,7 @@ class Recipe(Settings):
         """The same network under the constant pressure ``gamma``: no target, no regrowth stage.
 
         Raises:
-            UserError: gamma is no number from 0 on.
+            UserError: gamma is not a number from 0 on.
         """
         return self.with_fields(
             {"target_sparsity": None, "pressure.gamma": gamma, "regrowth.epochs": 0}
@@ -417,7 +417,7 @@ def fields_with_ranges() -> dict[str, str]:
 def unknown_names(values: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with the names in a recipe's values, and with the options beside them.
 
-    What is no name, or no options, is left to :func:`_mistakes`.
+    What is not a name, or not options, is left to :func:`_mistakes`.
     """
     for field_name, kind in NAMED.items():
         *path, last = field_name.split(".")

@@ -262,7 +262,8 @@ class Trainer:
     # -- hooks, within an epoch ------------------------------------------------------------------
 
     def gamma(self) -> float:
-        """The pressure in the next step, in units of the mean of t."""
+        """The pressure in the next step, in units of the mean of t. A step may ask more than once,
+        so what counts steps does so in :meth:`step`."""
         if self.stage != PRUNING:
             return 0.0
         if self.scheduler is None:

@@ -6,6 +6,7 @@ import ast
 import ctypes
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +17,7 @@ import pytest
 from support.gpu import needs_compiler
 
 import minihyperflows as mh
-from minihyperflows.emulator import CompilerMissingError, emulated_gpu
+from minihyperflows.emulator import CompilerMissingError, compilation, emulated_gpu
 from minihyperflows.emulator.array import ndarray
 from minihyperflows.emulator.recording import CaptureError
 from minihyperflows.engine.backend import cuda_library, cupy, device_of, to_device, to_numpy
@@ -269,6 +270,16 @@ def test_sizes_that_no_gpu_starts(xp, grid: tuple, block: tuple) -> None:
 def test_a_name_that_was_not_asked_for(xp) -> None:
     with pytest.raises(ValueError, match=r"reverse<float, 9> .* reverse<float, 64>"):
         kernel("reverse<float, 9>")
+
+
+@needs_compiler
+def test_threads_that_compile_the_same_kernels() -> None:
+    """Each writes a file of its own, and the last one's stays."""
+    text = 'extern "C" int answer() { return 42; }  // for four threads'
+    compile_again = compilation.compiled.__wrapped__
+    with ThreadPoolExecutor(4) as pool:
+        libraries = list(pool.map(lambda _: compile_again(text), range(4)))
+    assert [library.answer() for library in libraries] == [42] * 4
 
 
 @pytest.mark.slow

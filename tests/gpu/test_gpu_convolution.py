@@ -89,7 +89,7 @@ def test_what_cannot_be_multiplied():
         gemm.multiply(a, b, b)
     with pytest.raises(ShapeError, match="does not lie row by row"):
         gemm.multiply(a, on_gpu(draw(4, 3, dtype=np.float32)).T, out)
-    with pytest.raises(ShapeError, match=r"b of shape \(12,\) is no matrix"):
+    with pytest.raises(ShapeError, match=r"b of shape \(12,\) is not a matrix"):
         gemm.multiply(a, b.reshape(-1), out)
     with pytest.raises(TypeError, match="a is float32, b float16 and out float32"):
         gemm.multiply(a, b.astype(np.float16), out)

@@ -135,7 +135,7 @@ def _leading_dimension(name: str, matrix: Array) -> int:
     if matrix.dtype.name not in DATA_TYPES:
         raise TypeError(f"multiply: {name} is {matrix.dtype}, not {' or '.join(DATA_TYPES)}")
     if matrix.ndim != 2:
-        raise ShapeError(f"multiply: {name} of shape {matrix.shape} is no matrix")
+        raise ShapeError(f"multiply: {name} of shape {matrix.shape} is not a matrix")
     rows, width = matrix.shape
     size = matrix.dtype.itemsize
     row, column = matrix.strides
@@ -198,5 +198,5 @@ class Cublas:
 
 @cache
 def _cublas(xp: ModuleType, device: int) -> Cublas:
-    """cuBLAS for a device of ``xp``, which is CuPy or what plays it."""
+    """cuBLAS for a device of ``xp``, which is CuPy or its emulator."""
     return Cublas()
