@@ -1,6 +1,6 @@
 """The claims of DHP, tested: how the search shrinks, what the cut destroys, what widths are worth.
 
-    python -m minihyperflows.studies.dhp_claims --networks mlp-digits --out FILE
+    minihyperflows study dhp_claims --network mlp-digits --out FILE
 
 Networks, schedules and data sets are the experiments of :mod:`dhp_tasks`; the runs are defined in
 :mod:`dhp_runs`. Four parts, each with variants:
@@ -52,25 +52,20 @@ for days.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import itertools
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from minihyperflows.errors import UserError
-from minihyperflows.lab.console import Parser
-from minihyperflows.lab.records import adds_to_table
-from minihyperflows.lab.runs import gpu_versions, provenance
 from minihyperflows.nn import Module
 from minihyperflows.related.ranking import shuffled
-from minihyperflows.studies.command import parse_fraction, parse_seed, reporting
 from minihyperflows.studies.dhp_runs import (
     CHANNELS,
-    RULES,
     Searched,
     Settings,
     finish,
@@ -88,70 +83,101 @@ from minihyperflows.studies.dhp_runs import (
     uniform_widths,
 )
 from minihyperflows.studies.dhp_tables import (
+    BIAS,
     CONTROLS,
     DENSE,
     DHP,
+    PARTS,
+    PULLS,
+    SEARCHED,
     Row,
     Run,
-    Tables,
     text_of,
     widths_of,
 )
 from minihyperflows.studies.dhp_tasks import DTYPE, EXPERIMENTS, Experiment, Task, steps_of
+from minihyperflows.studies.frame import Bench, Study, Tables, main
 
-MODULE = "minihyperflows.studies.dhp_claims"
-SEARCHED = (DHP, "permuted")  # begin with a search
-PULLS = {"x0.25": 0.25, "x1": 1.0, "x4": 4.0}
-PARTS: dict[str, tuple[str, ...]] = {
-    "search": tuple(PULLS),
-    "rules": tuple(RULES),
-    "decay": ("neither", "decay", "l1", "both"),
-    CONTROLS: (*SEARCHED, "scratch", "short", "uniform", "random", DENSE),
-}
-BIAS = {"yes": True, "no": False}
-SEEDS = (0, 1, 2, 3, 4)
 LOOKS = 30  # rows for the course of a search
 
 
 # -- runs ----------------------------------------------------------------------------------------
 
 
-class Study:
-    """Does runs, and remembers the last search, which several of them begin with."""
+class DhpClaims(Study[Run]):
+    """The claims of DHP, tested: how the search shrinks, what the cut destroys, what widths do."""
 
-    def __init__(self, tables: Tables, experiment: Experiment, task: Task) -> None:
-        self.tables, self.experiment, self.task = tables, experiment, task
-        self._last: tuple[Run, Searched] | None = None
+    name, Setting, parts, digits = "dhp_claims", Run, ("looks", "groups"), 9
+    devices, unit, shown = ("cpu", "cuda"), "step", ("ratio", "score")
 
-    def do(self, run: Run) -> None:
-        """Do a run and write its rows."""
-        started = time.perf_counter()
+    def plan(self, chosen: dict[str, tuple[Any, ...]]) -> Iterator[Run]:
+        """The runs that were asked for, and those that they need."""
+        for network in chosen["network"]:
+            targets = chosen["target"] or EXPERIMENTS[network].targets
+            if set(chosen["part"]) - set(parts_of(network)):
+                raise UserError(f"rules and decay are for SGD, and {network} is trained with Adam")
+            for part in chosen["part"] or parts_of(network):
+                wanted = chosen["variant"] or PARTS[part]
+                variants = [v for v in PARTS[part] if v in wanted]
+                if set(variants) - {DHP, DENSE} and part == CONTROLS:
+                    variants = [DHP, *(v for v in variants if v != DHP)]
+                for seed in chosen["seed"]:
+                    if DENSE in variants:
+                        yield Run(part, network, "", DENSE, "", seed)
+                    pruned = [v for v in variants if v != DENSE]
+                    goals = targets if part == CONTROLS else targets[:1]
+                    for bias, target in itertools.product(chosen["hyper_bias"], goals):
+                        for variant in pruned:
+                            yield Run(part, network, bias, variant, target, seed)
+
+    def shares(self, s: Run) -> Any:
+        return s.variation("")
+
+    def dataset(self, s: Run) -> str:
+        return s.experiment.dataset
+
+    def dtype(self, s: Run) -> str:
+        return np.dtype(DTYPE).name
+
+    def task(self, s: Run, bench: Bench) -> Task:
+        """The data and what is done with them."""
+        load = s.experiment.load
+        return bench.shared(("task", s.network), lambda: load(bench.data_dir, bench.device))
+
+    def check(self, s: Run, bench: Bench) -> None:
+        task = self.task(s, bench)
+        if s.variant != DENSE:
+            possible = partial(require_possible, s.network, s.target, task)
+            bench.shared((("possible", s.network, s.target),), possible)
+
+    def run(self, s: Run, bench: Bench) -> Tables:
+        task, started = self.task(s, bench), time.perf_counter()
+        task.tick = bench.tick
         looks: list[Row] = []
         groups: list[Row] = []
-        if run.part != CONTROLS or run.variant in SEARCHED:
-            found = self._search(run)
-            result = self._after_search(run, found)
-            if run.variant != "permuted":
-                looks = rows_of_looks(run, found, steps_of(self.experiment.search, self.task))
-                groups = rows_of_groups(run, found)
+        if s.part != CONTROLS or s.variant in SEARCHED:
+            found = self._search(s, task, bench)
+            result = self._after_search(s, task, found)
+            if s.variant != "permuted":
+                looks = rows_of_looks(s, found, steps_of(s.experiment.search, task))
+                groups = rows_of_groups(s, found)
         else:
-            result = self._train(run)
-        head = {"dataset": self.experiment.dataset, "metric": self.task.metric}
-        end = {"seconds": time.perf_counter() - started} | source(run, self.task.device)
-        self.tables.add(looks, groups, [dataclasses.asdict(run) | head | result | end])
+            result = self._train(s, task, bench)
+        head = {"dataset": s.experiment.dataset, "metric": task.metric}
+        end = {"seconds": time.perf_counter() - started}
+        return [looks, groups, [head | result | end]]
 
-    def _search(self, run: Run) -> Searched:
+    def _search(self, run: Run, task: Task, bench: Bench) -> Searched:
         """The search of this run, which may have been done for the one before."""
         key = run.variation(DHP) if run.part == CONTROLS else run
-        if self._last is None or self._last[0] != key:
-            self._last = None  # its memory is free for the next one
-            settings = settings_of(run, self.experiment, self.task)
-            self._last = key, search(self.experiment, self.task, settings, run.seed)
-        return self._last[1]
+        settings = settings_of(run, run.experiment, task)
+        return bench.shared(
+            ("search", key), lambda: search(run.experiment, task, settings, run.seed)
+        )
 
-    def _after_search(self, run: Run, found: Searched) -> Row:
+    def _after_search(self, run: Run, task: Task, found: Searched) -> Row:
         """What a search has found; for a control the cut and the training after it, too."""
-        network, task = found.network, self.task
+        network = found.network
         result = {
             "l1": found.free.l1,
             "search_steps": found.steps,
@@ -166,7 +192,7 @@ class Study:
         keep = network.kept()
         if run.variant != DHP:  # as many of every group, at random
             keep = shuffled(keep, stream(run.seed, CHANNELS))
-        net, gap = finish(found, keep, self.experiment, task, run.seed)
+        net, gap = finish(found, keep, run.experiment, task, run.seed)
         return (
             result
             | {"train_steps": steps_of(run.epochs, task) - found.steps}
@@ -175,13 +201,14 @@ class Study:
             | {"parameters": size_of(net), "score": gap.trained}
         )
 
-    def _train(self, run: Run) -> Row:
+    def _train(self, run: Run, task: Task, bench: Bench) -> Row:
         """A network from scratch."""
-        experiment, task, seed = self.experiment, self.task, run.seed
+        experiment, seed = run.experiment, run.seed
         network = new_network(experiment, task, True, seed)
         steps, widths = steps_of(run.epochs, task), network.sizes()
         if run.variant != DENSE:
-            found = self.tables.runs[run.variation(DHP)]
+            other = self.key(run.variation(DHP))
+            found = next(row for row in bench.rows if self.key_of(row) == other)
             widths = widths_of(found["widths"])
             steps -= found["search_steps"] if run.variant == "short" else 0
         ratio = ratio_of(network, widths)
@@ -248,45 +275,10 @@ def size_of(net: Module) -> int:
     return sum(parameter.size for parameter in net.parameters())
 
 
-def source(run: Run, device: str) -> Row:
-    """Where a row comes from; the command repeats it."""
-    words = f"--parts {run.part} --networks {run.network} --variants {run.variant}"
-    if run.variant != DENSE:
-        words += f" --hyper-bias {run.hyper_bias} --targets {run.target}"
-    words += f" --seeds {run.seed}"
-    if run.experiment.dataset != "digits":
-        words += " --data-dir DIR"
-    if device != "cpu":
-        words += f" --device {device}"
-    row = provenance(np.dtype(DTYPE).name, f"python -m {MODULE} {words} --out FILE")
-    return row | {"device": device} | (gpu_versions() if device == "cuda" else {})
-
-
-# -- the study -----------------------------------------------------------------------------------
-
-
 def parts_of(network: str) -> tuple[str, ...]:
     """The parts that there are for a network: rules and decay of latents are about SGD."""
     optimizer = EXPERIMENTS[network].training.optimizer
     return tuple(p for p in PARTS if optimizer == "sgd" or p not in ("rules", "decay"))
-
-
-def plan(options: argparse.Namespace) -> Iterator[Run]:
-    """The runs that were asked for, and those that they need."""
-    for network in options.networks:
-        targets = options.targets or EXPERIMENTS[network].targets
-        for part in options.parts or parts_of(network):
-            variants = [v for v in PARTS[part] if not options.variants or v in options.variants]
-            if set(variants) - {DHP, DENSE} and part == CONTROLS:
-                variants = [DHP, *(v for v in variants if v != DHP)]
-            for seed in options.seeds:
-                if DENSE in variants:
-                    yield Run(part, network, "", DENSE, "", seed)
-                for bias in options.hyper_bias:
-                    for target in targets if part == CONTROLS else targets[:1]:
-                        for variant in variants:
-                            if variant != DENSE:
-                                yield Run(part, network, bias, variant, target, seed)
 
 
 def require_possible(network: str, target: float | str, task: Task) -> None:
@@ -296,60 +288,7 @@ def require_possible(network: str, target: float | str, task: Task) -> None:
     require_reachable(target, ratio_of(whole, whole.sizes() | whole.floors), network)
 
 
-@adds_to_table
-def run_study(options: argparse.Namespace) -> None:
-    """Do the runs that are not in the tables yet; or take over those of other files."""
-    tables = Tables(options.out)
-    for file in options.join:
-        tables.join(file)
-    if options.join:
-        return
-    wanted = dict.fromkeys(plan(options))
-    if not wanted:
-        raise UserError("no run was asked for: none of these parts has one of these variants")
-    missing = [run for run in wanted if run not in tables.done]
-    tasks: dict[str, Task] = {}
-    for run in missing:  # what cannot be loaded or reached is noticed before anything is done
-        if run.network not in tasks:
-            tasks[run.network] = run.experiment.load(options.data_dir, options.device)
-    pruned = (run for run in missing if run.variant != DENSE)
-    for network, target in dict.fromkeys((run.network, run.target) for run in pruned):
-        require_possible(network, target, tasks[network])
-    steps = {run: steps_of(run.epochs, tasks[run.network]) for run in missing}
-    with tqdm(total=sum(steps.values()), unit="step", dynamic_ncols=True) as bar:
-        done = 0
-        for network, task in tasks.items():
-            task.tick = bar.update
-            study = Study(tables, EXPERIMENTS[network], task)
-            for run in (run for run in missing if run.network == network):
-                study.do(run)
-                done += steps[run]
-                bar.update(done - bar.n)  # it may have had fewer steps than planned
-
-
-@reporting()
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = Parser(prog=f"python -m {MODULE}", description=(__doc__ or "").splitlines()[0])
-    names = [name for variants in PARTS.values() for name in variants]
-    add = parser.add_argument
-    add("--networks", nargs="+", choices=tuple(EXPERIMENTS), default=["mlp-digits"])
-    add("--parts", nargs="+", choices=tuple(PARTS), help="all by default")
-    add("--variants", nargs="+", choices=names, help="some variants of the parts only")
-    add("--hyper-bias", nargs="+", choices=tuple(BIAS), default=list(BIAS))
-    fractions = "fractions of the multiplications to keep"
-    add("--targets", nargs="+", type=parse_fraction, help=fractions)
-    add("--seeds", nargs="+", type=parse_seed, default=SEEDS)
-    add("--data-dir", help="where MNIST and CIFAR lie")
-    add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--join", nargs="+", type=Path, default=(), metavar="FILE", help="only take their runs")
-    add("--out", type=Path, required=True, help="the CSV file, continued if it is there")
-    options = parser.parse_args(arguments)
-    for network in options.networks:
-        if set(options.parts or ()) - set(parts_of(network)):
-            raise UserError(f"rules and decay are for SGD, and {network} is trained with Adam")
-    run_study(options)
-
+STUDY = DhpClaims()
 
 if __name__ == "__main__":
-    main()
+    main(STUDY, listed=True)

@@ -9,11 +9,22 @@ from typing import Any, TypeAlias
 
 from minihyperflows.analysis import Difference, paired_differences
 from minihyperflows.lab.records import Record
-from minihyperflows.studies.dhp_runs import Widths
+from minihyperflows.studies.dhp_runs import RULES, Widths
 from minihyperflows.studies.dhp_tasks import EXPERIMENTS, Experiment
+from minihyperflows.studies.options import choice, parse_fraction, seeds, values
 
 CONTROLS = "controls"  # the part whose runs end with a trained network
 DHP, DENSE = "dhp", "dense"
+SEARCHED = (DHP, "permuted")  # begin with a search
+PULLS = {"x0.25": 0.25, "x1": 1.0, "x4": 4.0}
+PARTS: dict[str, tuple[str, ...]] = {
+    "search": tuple(PULLS),
+    "rules": tuple(RULES),
+    "decay": ("neither", "decay", "l1", "both"),
+    CONTROLS: (*SEARCHED, "scratch", "short", "uniform", "random", DENSE),
+}
+VARIANTS = [name for variants in PARTS.values() for name in variants]
+BIAS = {"yes": True, "no": False}
 
 Row: TypeAlias = dict[str, Any]
 
@@ -22,12 +33,14 @@ Row: TypeAlias = dict[str, Any]
 class Run:
     """What identifies a run. The dense network has no target and no hypernetworks: "" for both."""
 
-    part: str
-    network: str
-    hyper_bias: str
-    variant: str
-    target: float | str
-    seed: int
+    part: str = choice(*PARTS, default=(), others=("--parts",), help="all by default")
+    network: str = choice(*EXPERIMENTS, default=["mlp-digits"], others=("--networks",))
+    hyper_bias: str = choice(*BIAS)
+    variant: str = choice(*VARIANTS, default=(), others=("--variants",), help="all by default")
+    target: float | str = values(
+        parse_fraction, others=("--targets",), help="fractions of the multiplications to keep"
+    )
+    seed: int = seeds(5)
 
     @property
     def experiment(self) -> Experiment:

@@ -49,7 +49,7 @@ from minihyperflows.lab.cluster import Cluster
 from minihyperflows.lab.console import Parser, run_command
 from minihyperflows.lab.ranges import plain
 from minihyperflows.lab.records import Record, Row, read_records, value_of, writing
-from minihyperflows.lab.runs import provenance
+from minihyperflows.lab.runs import gpu_versions, provenance
 from minihyperflows.lab.workers import Kind, Processes, describe, new_token, supervise
 from minihyperflows.studies.options import flag, options_of, parse_count, text_of
 
@@ -107,6 +107,7 @@ class Study(Generic[S]):
         shown: the columns of the results that ``--table`` shows.
         later: columns of the identity that records of the past do not have.
         devices: on which it can run.
+        unit: what is over when a run calls ``bench.tick``.
     """
 
     name: ClassVar[str]
@@ -116,6 +117,7 @@ class Study(Generic[S]):
     shown: ClassVar[tuple[str, ...]] = ()
     later: ClassVar[tuple[str, ...]] = ()
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
+    unit: ClassVar[str] = "epoch"
 
     # What a study may define.
 
@@ -211,6 +213,8 @@ class Study(Generic[S]):
         *details, rows = found if isinstance(found, list) else [[found]]
         head = dict(zip(self.identity, self.key(s), strict=True))
         source = provenance(self.dtype(s), self.command(s, bench.device))
+        if bench.device == "cuda":
+            source |= {"device": bench.device} | gpu_versions()
         tables = [*([head | row for row in part] for part in details)]
         tables.append([head | row | source for row in rows])
         bench.rows += tables[-1]
@@ -355,7 +359,8 @@ def carry_out(study: Study[S], options: argparse.Namespace, settings: Sequence[S
         with tqdm(total=len(waiting), unit="run", dynamic_ncols=True, disable=quiet) as bar:
             if options.workers > 1 or options.dask:
                 pool = Cluster(options.dask) if options.dask else Processes(options.workers)
-                _in_parallel(study, pool, jobs_of(study, options, waiting), record, bar)
+                jobs = jobs_of(study, options, waiting, list(record.tables[-1]))
+                _in_parallel(study, pool, jobs, record, bar)
             else:
                 _one_by_one(study, bench, waiting, record, bar)
         return record.tables[-1]
@@ -366,7 +371,7 @@ def _one_by_one(
 ) -> None:
     for s in settings:
         bar.set_description(_label(study, s))
-        bench.tick = partial(_show_epoch, bar, itertools.count(1))
+        bench.tick = partial(_show, bar, study.unit, itertools.count(1))
         _add(study, record, study.tables(s, bench))
         study.recorded(s, bench.out)
         bar.update()
@@ -378,8 +383,8 @@ def _add(study: Study[Any], record: Record, tables: Tables) -> None:
     record.add(*details, [row for row in rows if study.key_of(row) not in record.done])
 
 
-def _show_epoch(bar: tqdm, epochs: Iterator[int]) -> None:
-    bar.set_postfix_str(f"epoch {next(epochs)}", refresh=False)
+def _show(bar: tqdm, unit: str, numbers: Iterator[int]) -> None:
+    bar.set_postfix_str(f"{unit} {next(numbers)}", refresh=False)
     bar.update(0)  # drawn if it is time
 
 
@@ -400,6 +405,7 @@ class Job:
     data_dir: Path | None
     device: str
     out: Path
+    rows: list[Row]
     threads: int = 1
     deaths: int = 0
     token: str = dataclasses.field(default_factory=new_token)
@@ -416,7 +422,8 @@ class Job:
         found: list[Tables] = []
         try:
             set_threads(self.threads)
-            bench, tables = Bench(self.data_dir, self.device, self.out), self.study.tables
+            bench = Bench(self.data_dir, self.device, self.out, self.rows)
+            tables = self.study.tables
             for s in self.settings:
                 found.append(one_blas_thread(tables)(s, bench))
                 report(json.dumps(found[-1:]))
@@ -429,13 +436,15 @@ class Job:
         return Kind.FINISHED, json.dumps(found)  # on a cluster a report may come too late
 
 
-def jobs_of(study: Study[S], options: argparse.Namespace, settings: Sequence[S]) -> list[Job]:
-    """The settings in groups that share something, one job each."""
+def jobs_of(
+    study: Study[S], options: argparse.Namespace, settings: Sequence[S], rows: list[Row]
+) -> list[Job]:
+    """The settings in groups that share something, one job each; ``rows`` are there already."""
     groups: dict[Hashable, list[S]] = {}
     for s in settings:
         groups.setdefault(study.shares(s), []).append(s)
     folder = None if options.data_dir is None else options.data_dir.absolute()
-    where = folder, options.device, options.out.absolute()
+    where = folder, options.device, options.out.absolute(), rows
     return [Job(study, group, *where) for group in groups.values()]
 
 
