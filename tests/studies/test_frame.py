@@ -265,6 +265,7 @@ def test_every_command_of_a_row_asks_for_that_run(name: str) -> None:
     assert options_of(study.Setting).keys() | {"control"} >= set(study.identity)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_committed_records_are_continued(name: str, tmp_path: Path, monkeypatch) -> None:
     """Each of their rows is a run that is done: nothing is repeated, joined or lost."""
@@ -291,8 +292,10 @@ def test_committed_records_are_continued(name: str, tmp_path: Path, monkeypatch)
 
 def settings_of(study: frame.Study[Any], rows: list[dict[str, Any]]) -> list[Any]:
     """The settings that the command line makes of what the rows' identities say."""
-    found = {}
+    found: dict[Any, Any] = {}
     for row in rows:
+        if study.key_of(row) in found:
+            continue
         key = dict(zip(study.identity, study.key_of(row), strict=True))
         words = [
             word
@@ -305,5 +308,24 @@ def settings_of(study: frame.Study[Any], rows: list[dict[str, Any]]) -> list[Any
             words += ["--controls", *(r["control"] for r in same if r["control"])]
         for setting in frame.parse(study, [*words, "--out", "x.csv"])[1]:
             if tuple(key.values()) in study.keys(setting):
-                found[study.key(setting)] = setting
-    return list(found.values())
+                found |= dict.fromkeys(study.keys(setting), setting)
+    return list(dict.fromkeys(found.values()))
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_command_of_a_committed_row_asks_for_it(name: str) -> None:
+    """In the forms of the past: ``--seeds`` was a list, and a recipe had no option."""
+    study, asked = STUDIES[name], {}
+    for record in RECORDS[name]:
+        for row in read_records(RESULTS / f"{record}.csv"):
+            command = str(row["command"])
+            if "; " in command:  # two commands, the first of which makes a run
+                continue
+            if command not in asked:
+                words = shlex.split(command.partition(f".studies.{name} ")[2])
+                if name not in ("targets", "removal"):
+                    words = ["--seed" if word == "--seeds" else word for word in words]
+                words = words if words[0].startswith("-") else ["--recipe", *words]
+                settings = frame.parse(study, words)[1]
+                asked[command] = {key for s in settings for key in study.keys(s)}
+            assert study.key_of(row) in asked[command], command
