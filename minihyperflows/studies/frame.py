@@ -39,7 +39,7 @@ from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 from tqdm import tqdm
 
 from minihyperflows.analysis.summaries import means
-from minihyperflows.data.datasets import Dataset, load
+from minihyperflows.data.datasets import Dataset
 from minihyperflows.engine import DeviceError, NonFiniteLossError
 from minihyperflows.engine.blas import one_blas_thread
 from minihyperflows.engine.threads import set_threads
@@ -47,6 +47,8 @@ from minihyperflows.errors import UserError
 from minihyperflows.lab.checkpoint import named_path
 from minihyperflows.lab.cluster import Cluster
 from minihyperflows.lab.console import Parser, run_command
+from minihyperflows.lab.networks import load
+from minihyperflows.lab.plugins import Plugin, load_plugins
 from minihyperflows.lab.ranges import plain
 from minihyperflows.lab.records import Record, Row, read_records, value_of, writing
 from minihyperflows.lab.runs import gpu_versions, provenance
@@ -69,6 +71,7 @@ class Bench:
         out: the table, for what is to be beside it.
         rows: of the runs that are done, for a run that builds on another.
         tick: to be called after each epoch.
+        plugins: what was imported for it.
     """
 
     def __init__(
@@ -78,7 +81,9 @@ class Bench:
         out: Path = Path("study.csv"),
         rows: Sequence[Row] = (),
         tick: Callable[[], Any] = lambda: None,
+        plugins: tuple[Plugin, ...] = (),
     ) -> None:
+        self.plugins = plugins
         self.data_dir, self.device, self.out, self.tick = data_dir, device, out, tick
         self.rows = list(rows)
         self._shared: dict[Hashable, tuple[Hashable, Any]] = {}
@@ -213,12 +218,33 @@ class Study(Generic[S]):
         *details, rows = found if isinstance(found, list) else [[found]]
         head = dict(zip(self.identity, self.key(s), strict=True))
         source = provenance(self.dtype(s), self.command(s, bench.device))
+        source["command"] += "".join(f" --plugin {shlex.quote(p.path)}" for p in bench.plugins)
+        versions = [source["minihyperflows"], *map(_version, bench.plugins)]
+        source["minihyperflows"] = ", ".join(versions)
         if bench.device == "cuda":
             source |= {"device": bench.device} | gpu_versions()
         tables = [*([head | row for row in part] for part in details)]
         tables.append([head | row | source for row in rows])
         bench.rows += tables[-1]
         return plain(tables)
+
+
+def _version(plugin: Plugin) -> str:
+    """As the column "minihyperflows" has it, after the package's own version."""
+    return f"{Path(plugin.path).name} {plugin.sha256[:12]}"
+
+
+def _require_same_plugins(rows: Sequence[Row], plugins: Sequence[Plugin], out: Path) -> None:
+    """Raise UserError if rows of the table were made with another version of a plugin."""
+    made_with = {part for row in rows for part in str(row.get("minihyperflows")).split(", ")[1:]}
+    for plugin in plugins:
+        name = Path(plugin.path).name
+        others = {part for part in made_with if part.rpartition(" ")[0] == name}
+        if others - {_version(plugin)}:
+            raise UserError(
+                f"the plugin {plugin.path} has changed since runs in {out} were made, with "
+                f"{', '.join(sorted(others))}: bring that back, or choose another FILE"
+            )
 
 
 # -- the command ---------------------------------------------------------------------------------
@@ -269,8 +295,28 @@ def parser_of(study: Study[Any]) -> Parser:
     add("--dask", metavar="ADDRESS", help="of a Dask cluster's scheduler, to work instead")
     add("--join", nargs="+", type=Path, default=(), metavar="FILE", help="only add their runs")
     add("--quiet", action="store_true", help="no progress bar")
+    _add_plugin(parser)
     add("--table", action="store_true", help="only print what FILE holds")
     return parser
+
+
+def _add_plugin(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        dest="plugins",
+        metavar="FILE.py",
+        help="import this file first, which registers what a setting names; repeatable",
+    )
+
+
+def _plugins_in(words: Sequence[str]) -> tuple[Plugin, ...]:
+    """The plugins that the words name, imported: before the words are read, since other options may
+    name what the plugins register."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    _add_plugin(parser)
+    return load_plugins(parser.parse_known_args(words)[0].plugins)
 
 
 def _type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -296,7 +342,9 @@ def parse(study: Study[Any], words: Sequence[str]) -> tuple[argparse.Namespace, 
     Raises:
         UserError: something is wrong with them, or they ask for none.
     """
+    plugins = _plugins_in(words)
     options = parser_of(study).parse_args(words)
+    options.plugins = plugins
     chosen: dict[str, Any] = {}
     for name, option in options_of(study.Setting).items():
         given = getattr(options, name)
@@ -352,7 +400,11 @@ def carry_out(study: Study[S], options: argparse.Namespace, settings: Sequence[S
             record.join(*options.join)
             return record.tables[-1]
         waiting = [s for s in settings if not record.done.issuperset(study.keys(s))]
-        bench = Bench(options.data_dir, options.device, options.out, record.tables[-1])
+        _require_same_plugins(record.tables[-1], options.plugins, options.out)
+        bench = Bench(
+            *(options.data_dir, options.device, options.out, record.tables[-1]),
+            plugins=options.plugins,
+        )
         for s in waiting:  # what cannot be done is noticed before anything is
             study.check(s, bench)
         quiet = options.quiet
@@ -406,6 +458,7 @@ class Job:
     device: str
     out: Path
     rows: list[Row]
+    plugins: tuple[Plugin, ...] = ()
     threads: int = 1
     deaths: int = 0
     token: str = dataclasses.field(default_factory=new_token)
@@ -422,7 +475,8 @@ class Job:
         found: list[Tables] = []
         try:
             set_threads(self.threads)
-            bench = Bench(self.data_dir, self.device, self.out, self.rows)
+            plugins = load_plugins(self.plugins)
+            bench = Bench(self.data_dir, self.device, self.out, self.rows, plugins=plugins)
             tables = self.study.tables
             for s in self.settings:
                 found.append(one_blas_thread(tables)(s, bench))
@@ -444,7 +498,7 @@ def jobs_of(
     for s in settings:
         groups.setdefault(study.shares(s), []).append(s)
     folder = None if options.data_dir is None else options.data_dir.absolute()
-    where = folder, options.device, options.out.absolute(), rows
+    where = folder, options.device, options.out.absolute(), rows, options.plugins
     return [Job(study, group, *where) for group in groups.values()]
 
 

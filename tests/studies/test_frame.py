@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import RESULTS
+from support import RESULTS, TESTS
 from support.toy_study import STUDY, Toy
 
+import minihyperflows as mh
 from minihyperflows.cli import main
 from minihyperflows.errors import UserError
+from minihyperflows.lab import registry
 from minihyperflows.lab.records import read_records, write_records
 from minihyperflows.studies import frame
 from minihyperflows.studies.options import options_of, parse_count
@@ -329,3 +333,37 @@ def test_the_command_of_a_committed_row_asks_for_it(name: str) -> None:
                 settings = frame.parse(study, words)[1]
                 asked[command] = {key for s in settings for key in study.keys(s)}
             assert study.key_of(row) in asked[command], command
+
+
+# -- plugins -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stripes(tmp_path: Path) -> Iterator[Path]:
+    """A plugin with a data set, which is forgotten afterwards."""
+    file = tmp_path / "my stripes.py"
+    file.write_bytes((TESTS / "lab" / "plugins" / "dataset.py").read_bytes())
+    yield file
+    registry.forget(os.path.realpath(file))
+
+
+@pytest.mark.parametrize("words", [[], pytest.param(["--workers", "2"], marks=pytest.mark.slow)])
+def test_a_plugin_is_imported_first_and_remembered(
+    words: list[str], out: Path, stripes: Path
+) -> None:
+    rows = rows_of(out, "--seed", "0", "--plugin", str(stripes), *words)
+    assert [row["images"] for row in rows] == [240] * 4
+    assert {row["command"].endswith(f" --plugin '{stripes}'") for row in rows} == {True}
+    version = rows[0]["minihyperflows"]
+    assert version.startswith(f"{mh.__version__}, my stripes.py ")
+    assert len(rows_of(out, "--seeds", "2", "--plugin", str(stripes), *words)) == 8
+    stripes.write_bytes(stripes.read_bytes() + b"# another one\n")
+    before = out.read_bytes()
+    with pytest.raises(UserError, match=r"my stripes\.py has changed since runs in .* were made"):
+        rows_of(out, "--seeds", "3", "--plugin", str(stripes), *words)
+    assert out.read_bytes() == before
+
+
+def test_a_plugin_that_is_not_there(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", "targets", "--plugin", "nowhere.py", "--out", str(out)]) == 2
+    assert "cannot read the plugin" in capsys.readouterr().err
