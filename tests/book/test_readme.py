@@ -16,6 +16,7 @@ from support import REPOSITORY, RESULTS
 from minihyperflows.cli import main
 from minihyperflows.lab import registry
 from minihyperflows.lab.records import Row, read_records
+from minihyperflows.studies import frame
 
 FRONT = REPOSITORY / "README.md"
 ALL = RESULTS / "README.md"
@@ -163,3 +164,16 @@ def test_the_plugin(
     recipe = json.loads(Path("run/recipe.json").read_text(encoding="utf-8"))
     assert recipe["pressure"]["kind"] == "squares"
     assert [Path(plugin["path"]).name for plugin in recipe["plugins"]] == ["squares.py"]
+
+
+@BOTH
+def test_commands_of_studies_are_understood(page: Path) -> None:
+    """SEED stands for a number, METHOD for a method; FILE and DIR stay as they are."""
+    text = page.read_text(encoding="utf-8").replace("SEED", "0").replace("METHOD", "magnitude")
+    found = re.findall(r"minihyperflows study ([a-z_]+)([^`\n;,)]*)", text)
+    assert found or page == FRONT
+    for name, words in found:
+        out = [] if "--out" in words else ["--out", "FILE"]
+        options, settings = frame.parse(frame.find(name), [*shlex.split(words), *out])
+        print(f"{name}: {len(settings)} runs for {options.out}")
+        assert settings
