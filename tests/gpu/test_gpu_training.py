@@ -233,7 +233,7 @@ def test_runs_and_the_command_line(gpu, shapes, tmp_path, monkeypatch, capsys):
     summary = json.loads((out / "summary.json").read_text())
     assert summary["device"] == "cuda"
     assert summary["dtype"] == "float32"
-    assert summary["command"].endswith("--device cuda --seed 0 --precision float32")
+    assert summary["command"].endswith("--precision float32 --device cuda --seed 0")
     assert {"gpu", "cupy", "cuda"} <= set(summary["versions"])
     capsys.readouterr()
     assert main(command) == 2  # half precision is another run
