@@ -544,13 +544,13 @@ def test_another_digit_in_a_finished_runs_table(
     places = [n for n, character in enumerate(text) if character in "12345678"]
     if name == "summary.json":  # the digits of the checksums themselves are tried below
         places = [n for n in places if n < text.index('"checksums"')]
+    words = "damaged or was changed"
     for place in places[:: len(places) // 4]:
         digit = str(int(text[place]) + 1)
         other = text[:place] + digit + text[place + 1 :]
         if name == "summary.json" and json.loads(other) == json.loads(text):
             continue  # the seventeenth digit of a float may make no other number
         file.write_text(other, encoding="utf-8")
-        words = "damaged or was changed"
         assert words in refused(["prune", NAME, "--out", str(finished)], capsys)
         out = str(tmp_path / "t.csv")
         assert words in refused(["collect", str(finished), "--out", out], capsys)
