@@ -29,7 +29,7 @@ from minihyperflows.lab.checkpoint import (
 )
 from minihyperflows.lab.console import Parser, run_command, warn
 from minihyperflows.lab.folders import RunFolder, require_exportable, require_own_record
-from minihyperflows.lab.grammar import add_changes, changed
+from minihyperflows.lab.grammar import add_changes, add_plugins, changed
 from minihyperflows.lab.locks import locked_file
 from minihyperflows.lab.plugins import load_plugins
 from minihyperflows.lab.ranges import Range, number, shown, whole
@@ -45,6 +45,7 @@ from minihyperflows.lab.records import collect, require_folder
 from minihyperflows.lab.runs import run, versions
 from minihyperflows.lab.sweep import SweepFolder, parse_gammas, run_sweep
 from minihyperflows.studies import frame
+from minihyperflows.studies.command import CONTINUES
 
 DEFAULT_RECIPE = "lenet300-digits"
 NOTHING = "nothing was written"
@@ -156,19 +157,12 @@ def _add_study(commands: Any) -> None:
     study.add_argument(
         "words", nargs=argparse.REMAINDER, metavar="...", help="see `minihyperflows study NAME -h`"
     )
-    study.set_defaults(command=do_study, after_interrupt=frame.CONTINUES)
+    study.set_defaults(command=do_study, after_interrupt=CONTINUES)
 
 
 def _add_fields(command: Any) -> None:
     """Options that prune and sweep share."""
-    command.add_argument(
-        "--plugin",
-        action="append",
-        default=[],
-        dest="plugins",
-        metavar="FILE.py",
-        help="import this file first, which registers what the recipe names; repeatable",
-    )
+    add_plugins(command)
     command.add_argument("--data-dir", type=Path, metavar="DIR", help="where MNIST or CIFAR lie")
     command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
 

@@ -81,6 +81,18 @@ CHANGES = (
 )
 
 
+def add_plugins(parser: argparse.ArgumentParser) -> None:
+    """Give the parser of a command that runs something the option ``--plugin``."""
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        dest="plugins",
+        metavar="FILE.py",
+        help="import this file first, which registers what a recipe or a setting names; repeatable",
+    )
+
+
 def add_changes(parser: argparse.ArgumentParser, command: str) -> None:
     """Give the parser of ``command`` the options that change a recipe."""
     parser.add_argument(

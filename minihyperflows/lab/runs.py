@@ -189,10 +189,7 @@ def _finished(
 
 
 def _conclude(run: _Run) -> dict[str, Any]:
-    summary = summarise(run.trainer, run.records, run.seed, run.device, run.dense_from)
-    if run.plugins:
-        command = command_for(run.trainer.recipe, run.seed, run.device, run.plugins)
-        summary |= {"command": command, **plugins.as_json(run.plugins)}
+    summary = summarise(run)
     if len(run.packages) > 1:
         summary["versions"]["minihyperflows"] = ", ".join(run.packages)
     run.lock.check()
@@ -471,14 +468,9 @@ def _draw(folder: RunFolder, records: list[EpochRecord]) -> None:
         write_atomically(folder.plots / f"{name}.png", image.getvalue(), durable=False)
 
 
-def summarise(
-    trainer: Trainer,
-    records: list[EpochRecord],
-    seed: int,
-    device: str,
-    dense_from: str | None = None,
-) -> dict[str, Any]:
+def summarise(run: _Run) -> dict[str, Any]:
     """What came out of a finished run, and what it was run with. Fractions, not per cent."""
+    trainer, records, seed, device = run.trainer, run.records, run.seed, run.device
     per_layer = counts(trainer.net)
     remaining = sum(present for present, _ in per_layer.values())
     weights = sum(total for _, total in per_layer.values())
@@ -491,7 +483,7 @@ def summarise(
         "seed": seed,
         "device": device,
         "dtype": trainer.recipe.dtype if device == "cpu" else trainer.recipe.gpu_dtype,
-        "dense_from": dense_from,
+        "dense_from": run.dense_from,
         "dense_accuracy": dense_epochs[-1].test_accuracy if dense_epochs else None,
         "test_accuracy": records[-1].test_accuracy,
         "sparsity": 1 - remaining / weights,
@@ -506,9 +498,10 @@ def summarise(
         "flops_sparse": sum(sparse_flops(dense, density).values()),
         "seconds": math.fsum(r.seconds for r in records),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command_for(trainer.recipe, seed, device),
+        "command": command_for(trainer.recipe, seed, device, run.plugins),
         "versions": versions() | (gpu_versions() if device == "cuda" else {}),
         "commit": commit(),
+        **plugins.as_json(run.plugins),
     }
 
 

@@ -1,4 +1,4 @@
-"""What the commands of studies share: types of options, and how they end if they cannot go on."""
+"""How the command of a study ends if it cannot go on."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from typing import Any, TypeAlias
 
 from minihyperflows.engine.blas import one_blas_thread
 from minihyperflows.lab.console import run_command
-from minihyperflows.studies.options import DIGITS, parse_count, parse_fraction, parse_seed
-
-__all__ = ["DIGITS", "parse_count", "parse_fraction", "parse_seed", "reporting"]
 
 CONTINUES = "finished runs are recorded, and the same command continues"
 Main: TypeAlias = Callable[..., None]

@@ -46,16 +46,17 @@ from minihyperflows.engine.threads import set_threads
 from minihyperflows.errors import UserError
 from minihyperflows.lab.checkpoint import named_path
 from minihyperflows.lab.cluster import Cluster
-from minihyperflows.lab.console import Parser, run_command
+from minihyperflows.lab.console import Parser
+from minihyperflows.lab.grammar import add_plugins
 from minihyperflows.lab.networks import load
 from minihyperflows.lab.plugins import Plugin, load_plugins
 from minihyperflows.lab.ranges import plain
 from minihyperflows.lab.records import Record, Row, read_records, value_of, writing
 from minihyperflows.lab.runs import gpu_versions, provenance
 from minihyperflows.lab.workers import Kind, Processes, describe, new_token, supervise
+from minihyperflows.studies.command import reporting
 from minihyperflows.studies.options import flag, options_of, parse_count, text_of
 
-CONTINUES = "finished runs are recorded, and the same command continues"
 WITH_THE_PACKAGE = ("digits", "shapes32")  # data sets that need no files
 Tables: TypeAlias = list[list[Row]]  # new rows of each part, and of the table itself
 S = TypeVar("S")
@@ -256,9 +257,10 @@ def find(name: str) -> Study[Any]:
     Raises:
         UserError: there is none.
     """
-    if name not in studies():
-        raise UserError(f"there is no study {name!r}; the studies are {', '.join(studies())}")
-    return studies()[name]
+    known = studies()
+    if name not in known:
+        raise UserError(f"there is no study {name!r}; the studies are {', '.join(known)}")
+    return known[name]
 
 
 def studies() -> dict[str, Study[Any]]:
@@ -295,27 +297,16 @@ def parser_of(study: Study[Any]) -> Parser:
     add("--dask", metavar="ADDRESS", help="of a Dask cluster's scheduler, to work instead")
     add("--join", nargs="+", type=Path, default=(), metavar="FILE", help="only add their runs")
     add("--quiet", action="store_true", help="no progress bar")
-    _add_plugin(parser)
+    add_plugins(parser)
     add("--table", action="store_true", help="only print what FILE holds")
     return parser
-
-
-def _add_plugin(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--plugin",
-        action="append",
-        default=[],
-        dest="plugins",
-        metavar="FILE.py",
-        help="import this file first, which registers what a setting names; repeatable",
-    )
 
 
 def _plugins_in(words: Sequence[str]) -> tuple[Plugin, ...]:
     """The plugins that the words name, imported: before the words are read, since other options may
     name what the plugins register."""
     parser = Parser(add_help=False, allow_abbrev=False)
-    _add_plugin(parser)
+    add_plugins(parser)
     return load_plugins(parser.parse_known_args(words)[0].plugins)
 
 
@@ -375,8 +366,7 @@ def main(study: Study[Any], words: Sequence[str] | None = None, listed: bool = F
             f"this is now: minihyperflows study {study.name} {shlex.join(words)}", sys.stderr
         )
     study = find(study.name)  # not the one of __main__, which no worker knows
-    if status := run_command(lambda: command(study, words), lambda: CONTINUES):
-        raise SystemExit(status)
+    reporting()(command)(study, words)
 
 
 def command(study: Study[Any], words: Sequence[str]) -> None:

@@ -13,14 +13,16 @@ from minihyperflows import studies
 from minihyperflows.errors import UserError
 from minihyperflows.lab.records import read_records, write_records
 from minihyperflows.studies import frame
-from minihyperflows.studies.command import DIGITS, parse_fraction, parse_seed, reporting
+from minihyperflows.studies.command import reporting
+from minihyperflows.studies.options import DIGITS, parse_fraction, parse_seed
 
 MODULES = {
     name: importlib.import_module(f"{studies.__name__}.{name}")
     for _, name, _ in pkgutil.iter_modules(studies.__path__)
 }
 FRAMED = [name for name, module in MODULES.items() if hasattr(module, "STUDY")]
-OTHERS = [n for n, module in MODULES.items() if hasattr(module, "reporting") and n != "command"]
+NOT_STUDIES = ("command", "frame")
+OTHERS = [n for n, m in MODULES.items() if hasattr(m, "reporting") and n not in NOT_STUDIES]
 COMMANDS = [*FRAMED, *OTHERS]
 DIGITS_ONLY = {  # the words with which a study needs no other data set
     "alternatives": ["--recipe", "lenet300-digits"],
